@@ -1,0 +1,1 @@
+"""Raw kernels in plain PyTorch: on any device, of any floating dtype."""

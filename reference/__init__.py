@@ -1,0 +1,33 @@
+"""What the library computes, in plain PyTorch: the ground truth of every test.
+
+Nothing here knows of kernels; it imports torch alone, runs in any floating dtype (float64 included)
+and leaves the gradients to autograd. The formulas on top of each file are the definition, forward
+and gradient; the code below them is the same mathematics, written for reading. The package carries
+this folder as `flexmore_kernels.reference`.
+
+The legend of the whole project. A capital is a size; a tensor's suffix is its shape (`x_TD` is (T,
+D)):
+
+    T  tokens                        E  experts; expert 0 is the public one, always full-size
+    D  model width                   K  slots (chosen experts) per token
+    F  width of the feed-forward     N  routed rows, N = T * K
+    R  sum of the experts' ranks     P  packed length: sum over the rows of their expert's rank
+    I, O  inputs and outputs of a matrix, where it may stand for D x F or F x D
+
+Lower case picks one: t a token, e an expert, k a slot, n a routed row, r_e the rank of expert e.
+*Slot* t*K + k is the k-th choice of token t. *Rows* are the slots sorted by expert. dy is the
+gradient of the loss with respect to y. The accumulator dtype ("acc") is float64 for float64 tensors
+and float32 for every other.
+"""
+
+from .experts import StackedFactors, experts
+from .gated_mix import gated_mix
+from .grouped_gemm import grouped_gemm
+from .lowrank import expand, shrink
+from .permutation import permute, unpermute
+from .routing import Routing, RoutingPlan, make_plan, topk_route
+
+__all__ = [
+    "Routing", "RoutingPlan", "StackedFactors", "expand", "experts", "gated_mix",
+    "grouped_gemm", "make_plan", "permute", "shrink", "topk_route", "unpermute",
+]  # fmt: skip
