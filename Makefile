@@ -1,0 +1,48 @@
+# `make demo` and `make test` set up everything they need in .venv, from nothing but Python 3.10+,
+# g++ and the network. A torch >= 2.11 that $(PYTHON) already has is used, else 2.13.0 is installed.
+PYTHON ?= python3
+RUN := .venv/bin/python
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+
+.PHONY: demo test test-gpu bench lint build clean
+
+demo: build
+	$(RUN) -m flexmore_kernels.cli demo
+
+test: build
+	$(RUN) -m pytest
+	TRITON_INTERPRET=1 $(RUN) -m pytest -m triton
+
+test-gpu:
+	bash benchmarks/gpu.sh build/gpu
+
+bench: build
+	$(RUN) -m benchmarks.bench_experts --quick
+
+lint: build
+	$(RUN) -m pip install -q ruff clang-format
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | \
+	    xargs .venv/bin/clang-format --dry-run --Werror
+
+build: .venv/built
+
+.venv/built: .venv/ready $(SOURCES)
+	$(RUN) -m pip install --no-build-isolation --no-deps -e .
+	touch $@
+
+# The build runs without isolation so that it compiles against the torch it will be loaded by.
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	if host=$$($(PYTHON) -c 'import os, torch; v = torch.__version__.split("."); \
+	    assert (int(v[0]), int(v[1])) >= (2, 11); \
+	    print(os.path.dirname(os.path.dirname(torch.__file__)))' 2>/dev/null); \
+	then echo "$$host" > $$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/host.pth; \
+	else $(RUN) -m pip install torch==2.13.0; fi
+	$(RUN) -m pip install 'setuptools>=77' cmake ninja 'pybind11>=3' numpy safetensors \
+	    'pytest>=8' 'pytest-benchmark>=5' 'hypothesis>=6' 'triton>=3.6'
+	touch $@
+
+clean:
+	rm -rf .venv build flexmore_kernels/*.so *.egg-info

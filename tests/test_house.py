@@ -1,0 +1,161 @@
+"""The rules of CONTRIBUTING.md, checked: seats, import direction, signatures, sizes, names."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "flexmore_kernels"
+STEMS = sorted(p.stem for p in (PACKAGE / "ops").glob("*.py") if p.stem != "__init__")
+LAYERS = ("layer", "model")
+PRIVATE = ("_aten", "_native", "_triton")
+
+# Imports go to a strictly lower floor, or stay inside one of the folders.
+FLOORS = {
+    "cli": 9, "demo": 8, "checkpoint": 7, "model": 6, "layer": 5, "ops": 4, "_aten": 3,
+    "_triton": 3, "_native": 3, "library": 2, "backend": 2, "native": 1, "ragged": 0, "checks": 0,
+    "baselines": 0, "testing": 0,
+}  # fmt: skip
+
+
+def python_files(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """Every module that a file imports, absolute, and whether it does so inside a function."""
+    found = []
+    package = list(path.relative_to(ROOT).with_suffix("").parts[:-1])
+
+    def visit(node: ast.AST, lazy: bool) -> None:
+        if isinstance(node, ast.Import):
+            found.extend((alias.name, lazy) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found.extend((f"{module}.{alias.name}", lazy) for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child, lazy or isinstance(node, ast.FunctionDef))
+
+    visit(ast.parse(path.read_text()), False)
+    return found
+
+
+def room(module: str) -> str:
+    """The part of the package that a dotted module name is in: ragged, ops, _triton, ..."""
+    return module.split(".")[1] if "." in module else ""
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_every_op_has_its_seats(stem):
+    seats = {
+        "what": ROOT / f"reference/{stem}.py",
+        "how": PACKAGE / f"_triton/{stem}.py",
+        "proof": ROOT / f"tests/test_{stem}.py",
+        "price": ROOT / f"benchmarks/bench_{stem}.py",
+    }
+    assert [seat for seat, path in seats.items() if not path.exists()] == []
+
+
+@pytest.mark.parametrize("stem", LAYERS)
+def test_every_layer_has_its_seats(stem):
+    for folder, prefix in ((PACKAGE, ""), (ROOT / "reference", ""), (ROOT / "tests", "test_")):
+        assert (folder / f"{prefix}{stem}.py").exists()
+
+
+def test_no_kernel_without_an_op():
+    helpers = {"__init__", "tiles"}
+    for folder in PRIVATE:
+        stems = {path.stem for path in (PACKAGE / folder).glob("*.py")} - helpers
+        assert stems <= set(STEMS), f"{folder}: {stems - set(STEMS)} has no ops/<stem>.py"
+
+
+@pytest.mark.parametrize("path", python_files("flexmore_kernels"), ids=lambda p: p.stem)
+def test_imports_go_down(path):
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if own == "__init__":
+        return
+    for module, lazy in imports(path):
+        if module.split(".")[0] == "reference":
+            pytest.fail("the package must not import reference/ from the repository root")
+        target = room(module)
+        if not module.startswith("flexmore_kernels.") or target == own:
+            continue
+        if target == "reference":
+            assert own in ("cli", "demo") and lazy, "only the command line may, inside a function"
+        else:
+            assert target in FLOORS, f"{module}: give {target} a floor"
+            assert FLOORS[target] < FLOORS[own], f"{own} imports {module}, which is above it"
+
+
+@pytest.mark.parametrize("path", python_files("reference"), ids=lambda p: p.stem)
+def test_reference_imports_torch_and_itself_only(path):
+    roots = {module.split(".")[0] for module, _ in imports(path)}
+    third_party = roots - {"__future__", "collections", "dataclasses", "math", "typing"}
+    assert third_party <= {"torch", "reference"}
+
+
+def public_ops() -> list[str]:
+    return list(importlib.import_module("flexmore_kernels.ops").__all__)
+
+
+@pytest.mark.parametrize("name", public_ops())
+def test_op_and_reference_have_one_signature(name):
+    op = getattr(importlib.import_module("flexmore_kernels.ops"), name)
+    twin = getattr(importlib.import_module("reference"), name)
+    if inspect.isclass(op):
+        assert op._fields == twin._fields
+    else:
+        assert inspect.signature(op) == inspect.signature(twin)
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_kernels_of_one_name_have_one_signature(stem):
+    seen: dict[str, tuple[str, inspect.Signature]] = {}
+    for folder in PRIVATE:
+        if not (PACKAGE / folder / f"{stem}.py").exists():
+            continue
+        if folder == "_triton":
+            pytest.importorskip("triton")
+        module = importlib.import_module(f"flexmore_kernels.{folder}.{stem}")
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if name.startswith("_") or function.__module__ != module.__name__:
+                continue
+            signature = inspect.signature(function)
+            where, first = seen.setdefault(name, (folder, signature))
+            assert signature == first, f"{name}: {folder} {signature}, {where} {first}"
+
+
+@pytest.mark.parametrize("folder", ["flexmore_kernels", "reference", "tests", "benchmarks", "csrc"])
+def test_files_stay_short(folder):
+    limits = {".py": 300, ".cu": 400, ".cpp": 400, ".h": 400, ".cuh": 400}
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in limits
+        and (lines := len(path.read_text().splitlines())) > limits[path.suffix]
+    }
+    assert long == {}
+
+
+def test_environment_is_no_interface():
+    for path in [*python_files("flexmore_kernels"), *python_files("reference")]:
+        names = set(re.findall(r"os\.environ|os\.getenv|getenv\(", path.read_text()))
+        assert not names, f"{path.relative_to(ROOT)} reads the environment"
+
+
+def test_readme_lists_the_public_ops():
+    section = re.search(r"^## Ops$(.*?)^## ", (ROOT / "README.md").read_text(), re.M | re.S)
+    listed = re.findall(r"^\| `(\w+)` ", section.group(1), re.M)
+    functions = [n for n in public_ops() if not n[0].isupper()]
+    assert sorted(listed) == sorted(functions)
+
+
+def test_package_is_typed():
+    assert (PACKAGE / "py.typed").exists()
