@@ -1,8 +1,8 @@
 """The two halves of a low-rank matrix B_e A_e, for rows sorted by expert, each expert with a rank
 r_e of its own.
 
-    shrink      z_n = A_e x_n              packed one row after the other, r_e numbers each; then zeros
-    expand      y_n = B_e z_n              tail rows: 0;  r_e = 0: 0
+    shrink      z_n = A_e x_n            packed, one row after the other; then zeros
+    expand      y_n = B_e z_n            tail rows: 0;  r_e = 0: 0
 
 `a` (R, I) holds the A_e one below the other and `b` (O, R) the B_e side by side, both in the order
 of the experts. z is flat, of length T * (sum of the K largest ranks): a token's experts are

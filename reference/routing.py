@@ -100,8 +100,7 @@ def topk_route(
 
 
 def make_plan(indices: Tensor, num_experts: int) -> RoutingPlan:
-    """Sort the slots of `indices` (T, K) by expert, stably: a loop over experts, tokens and slots.
-    """
+    """Sort the slots of `indices` (T, K) by expert, stably: a loop over experts, tokens, slots."""
     (T, K), E = indices.shape, num_experts
     ids = indices.tolist()
     row_to_slot, row_offsets = [], [0]

@@ -63,8 +63,7 @@ def expand(
     top_k: int = 1,
     gather: bool = False,
 ) -> Tensor:
-    """y_NO: base_n + B_e z_n, added in one accumulator; tail rows are zero, rank 0 leaves base_n.
-    """
+    """y_NO: base_n + B_e z_n in one accumulator; tail rows are zero, rank 0 leaves base_n."""
     y_NO = z_P.new_zeros(num_rows, b_OR.shape[0])
     if base is not None:
         used = slice(0, int(row_offsets[-1]))
