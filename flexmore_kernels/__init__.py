@@ -1,0 +1,20 @@
+"""flexmore_kernels: FlexMoRE layers at hardly more than the price of one dense FFN."""
+
+from . import ops
+from .checks import validation
+from .layer import FlexMoRE
+from .model import FlexMoREConfig, FlexMoREForCausalLM
+from .ragged import Ragged, RoutingPlan, StackedFactors
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FlexMoRE",
+    "FlexMoREConfig",
+    "FlexMoREForCausalLM",
+    "Ragged",
+    "RoutingPlan",
+    "StackedFactors",
+    "ops",
+    "validation",
+]

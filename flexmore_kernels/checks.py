@@ -1,0 +1,128 @@
+"""Argument checks: each failure names the argument, what came and what is accepted.
+
+Shapes, dtypes and devices are checked always. Values are checked on CPU tensors and, since looking
+at a CUDA tensor's values waits for the device, on CUDA only inside `validation()`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_validating: contextvars.ContextVar[bool] = contextvars.ContextVar("validating", default=False)
+
+
+@contextlib.contextmanager
+def validation() -> Iterator[None]:
+    """Within, values of CUDA tensors are checked too (ids in range, some expert allowed, no NaN).
+
+    Each check waits for the device, so this is for debugging, not for serving.
+    """
+    token = _validating.set(True)
+    try:
+        yield
+    finally:
+        _validating.reset(token)
+
+
+def checks_values(tensor: Tensor) -> bool:
+    """Whether the values of this tensor are to be looked at."""
+    return tensor.device.type == "cpu" or _validating.get()
+
+
+def check_tensor(
+    name: str,
+    value: object,
+    shape: Sequence[int | str] | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """Check that `value` is a tensor of this shape (strings match any size), dtype and device."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}; accepted: a torch.Tensor")
+    if shape is not None:
+        wanted = "(" + ", ".join(str(size) for size in shape) + ("," * (len(shape) == 1)) + ")"
+        fits = value.dim() == len(shape) and all(
+            isinstance(want, str) or got == want
+            for got, want in zip(value.shape, shape, strict=True)
+        )
+        if not fits:
+            raise ValueError(f"{name}: got shape {tuple(value.shape)}; accepted: {wanted}")
+    if dtypes is not None and value.dtype not in dtypes:
+        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        got = str(value.dtype).removeprefix("torch.")
+        raise TypeError(f"{name}: got dtype {got}; accepted: {accepted}")
+    if device is not None and value.device != device:
+        raise ValueError(
+            f"{name}: got a tensor on {value.device}; accepted: one on {device}, as the others"
+        )
+
+
+def check_weights(name: str, weights: object, shape: Sequence[int], like: Tensor) -> None:
+    """Check routing weights: of this shape, on `like`'s device, float32 (float64 for float64)."""
+    accumulator = torch.float64 if like.dtype == torch.float64 else torch.float32
+    check_tensor(name, weights, shape, (accumulator,), like.device)
+
+
+def check_int(name: str, value: object, low: int, high: int | None = None) -> int:
+    """Check that `value` is an int (not a bool) in [low, high] and return it as a plain int."""
+    accepted = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: got {value!r}; accepted: {accepted}")
+    number = value.__index__()
+    if number < low or (high is not None and number > high):
+        raise ValueError(f"{name}: got {number}; accepted: {accepted}")
+    return number
+
+
+def check_ranks(name: str, ranks: Sequence[int], num_experts: int) -> tuple[int, ...]:
+    """Check E ranks >= 0 and return them as a tuple of plain ints."""
+    if isinstance(ranks, (str, bytes)) or not isinstance(ranks, Sequence):
+        raise TypeError(f"{name}: got {ranks!r}; accepted: a sequence of {num_experts} ranks >= 0")
+    if len(ranks) != num_experts:
+        raise ValueError(f"{name}: got {len(ranks)} entries; accepted: {num_experts}, one an expert")
+    return tuple(check_int(f"{name}[{e}]", rank, 0) for e, rank in enumerate(ranks))
+
+
+def check_ids(name: str, indices: Tensor, num_experts: int) -> None:
+    """Check ids in [0, E] (E marks an empty slot) that are distinct within a token."""
+    if indices.numel() == 0:
+        return
+    wrong = (indices < 0) | (indices > num_experts)
+    if bool(wrong.any()):
+        token, slot = (int(i) for i in wrong.nonzero()[0])
+        raise ValueError(
+            f"{name}: got id {int(indices[token, slot])} at [{token}, {slot}]; accepted: 0 to "
+            f"{num_experts - 1}, or {num_experts} for an empty slot"
+        )
+    ordered = indices.sort(dim=-1).values
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] < num_experts)
+    if bool(twice.any()):
+        token, slot = (int(i) for i in twice.nonzero()[0])
+        raise ValueError(
+            f"{name}: token {token} names expert {int(ordered[token, slot])} twice; "
+            "accepted: distinct ids within a token"
+        )
+
+
+def check_routable(logits: Tensor, mask: Tensor | None) -> None:
+    """Check that each token has an expert to go to and no NaN among its allowed logits."""
+    if mask is not None:
+        none = ~mask.any(dim=-1)
+        if bool(none.any()):
+            raise ValueError(
+                f"mask: got no allowed expert for token {int(none.nonzero()[0, 0])}; "
+                "accepted: at least one True for every token"
+            )
+    nan = logits.isnan() if mask is None else logits.isnan() & mask
+    if bool(nan.any()):
+        token, expert = (int(i) for i in nan.nonzero()[0])
+        raise ValueError(
+            f"logits: got NaN for token {token}, expert {expert}; accepted: numbers or -inf"
+        )

@@ -1,0 +1,33 @@
+"""The `flexmore` op library: one line registers an op with its kernel, its fake and its gradient.
+
+Schemas live beside the documentation in ops/<stem>.py. An op's kernel is a Python function that
+picks the raw kernels of the tensor's device (backend.py), so the ops exist on every install.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+_LIBRARY = torch.library.Library("flexmore", "DEF")
+
+
+def define(
+    schema: str,
+    kernel: Callable,
+    fake: Callable,
+    *,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+) -> None:
+    """Define `flexmore::<schema>` for CPU and CUDA; differentiable when `backward` is given."""
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    name = schema.split("(")[0]
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, kernel, key)
+    torch.library.register_fake(f"flexmore::{name}", fake, lib=_LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(
+            f"flexmore::{name}", backward, setup_context=setup_context, lib=_LIBRARY
+        )

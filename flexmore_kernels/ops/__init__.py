@@ -1,0 +1,20 @@
+"""The ops, one concept a file. Each has a twin of the same signature in `reference`."""
+
+from .experts import experts
+from .gated_mix import gated_mix
+from .grouped_gemm import grouped_gemm
+from .lowrank import expand, shrink
+from .permutation import permute, unpermute
+from .routing import make_plan, topk_route
+
+__all__ = [
+    "expand",
+    "experts",
+    "gated_mix",
+    "grouped_gemm",
+    "make_plan",
+    "permute",
+    "shrink",
+    "topk_route",
+    "unpermute",
+]

@@ -1,0 +1,223 @@
+"""Experts: the whole mixture of a FlexMoRE layer as one op with one backward.
+
+Kernels: _triton/experts.py composes ragged kernels without a host sync (GPU); _aten/experts.py
+loops over the experts (CPU). In both, the base is computed once per token, forward and backward,
+whatever the number of selected experts, and nothing is computed for tensors that need no gradient.
+Cost: 6*T*D*F for the base and 2*(D + F) operations for each unit of rank of each routed row.
+Maths: reference/experts.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import backend
+from ..checks import FLOATS, check_ids, check_ranks, check_tensor, check_weights, checks_values
+from ..library import define
+from ..projection import FULL, Projection, flatten, unflatten
+from ..ragged import StackedFactors
+
+_kernels = "experts"
+
+Weights = Sequence[Tensor | tuple[Tensor, Tensor] | None] | StackedFactors
+
+
+def experts(
+    x: Tensor,
+    indices: Tensor | None,
+    weights: Tensor | None,
+    gate: Weights,
+    up: Weights,
+    down: Weights,
+    *,
+    counts: Tensor | None = None,
+) -> Tensor:
+    """Apply each token's experts and sum them: y_t = sum_k weights[t, k] E_{indices[t, k]}(x_t).
+
+    E_e(x) = Wd_e (silu(Wg_e x) * (Wu_e x)), where each of the three weights of expert e is full-size,
+    or the base's (expert 0's) plus b_e a_e, or just the base's. All experts that share the base pay
+    for it once: y = W_d (sum_e p_e h_e) + sum_e B_d (p_e A_d h_e).
+
+    Args:
+        x: (T, D), any float dtype.
+        indices: (T, K) int64 or int32, distinct ids within a token; an id outside [0, E) is an empty
+            slot. None when `counts` is given.
+        weights: (T, K) float32 (float64 for float64 x).
+        gate, up, down: a sequence of E entries, each a full-size weight (F, D), for down (D, F);
+            a pair of factors (a (r, in), b (out, r)); or None for no delta. Entry 0, the base, is
+            full-size. Or `StackedFactors`, for many experts. All in x's dtype, read where they lie.
+        counts: (E,) int, the form for callers that dispatch themselves: x is (N, D), rows sorted by
+            expert, `counts` rows each; rows past their sum get zeros. `weights` is (N,) or None for
+            1. Each row is an output: y_n = weights[n] E_e(x_n).
+
+    Returns: (T, D) in x's dtype. Base and delta are added before rounding, in float32 (float64).
+    Raises ValueError or TypeError naming the argument; ids out of range or repeated within a token
+    raise on the CPU and inside `validation()`, elsewhere ids out of range are skipped.
+    Deterministic. No host sync on CUDA. Differentiable in x, weights and every weight tensor.
+    Source: FlexMoRE (arXiv 2602.08818); the identity is in DESIGN's terms the library's purpose.
+    """
+    check_tensor("x", x, ("N" if counts is not None else "T", "D"), FLOATS)
+    sides = [
+        _projection(name, given, x, down=name == "down")
+        for name, given in (("gate", gate), ("up", up), ("down", down))
+    ]
+    num_experts = len(sides[0].full)
+    width = sides[0].full[0].shape[0]
+    for name, side in zip(("gate", "up", "down"), sides, strict=True):
+        _check_projection(name, side, num_experts, width, x)
+    if counts is not None:
+        indices, weights = _sorted_rows(x, indices, weights, counts, num_experts)
+    else:
+        check_tensor("indices", indices, (x.shape[0], "K"), (torch.int64, torch.int32), x.device)
+        check_weights("weights", weights, indices.shape, x)
+    tensors, layout = flatten(sides)
+    saves = torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (x, weights, *tensors)
+    )
+    return torch.ops.flexmore.experts(
+        x, indices.to(torch.int64), weights, tensors, layout, [s.stacked for s in sides], saves
+    )[0]
+
+
+def _projection(name: str, given: Weights, x: Tensor, down: bool) -> Projection:
+    if isinstance(given, StackedFactors):
+        full, ranks = tuple(given.full), check_ranks(f"{name}.ranks", given.ranks, len(given.full))
+        layout = tuple(
+            FULL if weight is not None else rank for weight, rank in zip(full, ranks, strict=True)
+        )
+        if any(kind == FULL and rank for kind, rank in zip(layout, ranks, strict=True)):
+            raise ValueError(f"{name}.ranks: got a rank for a full-size expert; accepted: 0 there")
+        return Projection(full, ((given.a, given.b),), layout, True)
+    if isinstance(given, Tensor) or not isinstance(given, Sequence) or not len(given):
+        raise TypeError(
+            f"{name}: got {type(given).__name__}; accepted: a sequence of E weights, pairs (a, b) "
+            "or None, or StackedFactors"
+        )
+    full, factors, layout = [], [], []
+    for e, entry in enumerate(given):
+        is_pair = isinstance(entry, (tuple, list)) and len(entry) == 2
+        if not (entry is None or is_pair or isinstance(entry, Tensor)):
+            raise TypeError(
+                f"{name}[{e}]: got {type(entry).__name__}; accepted: a tensor, a pair (a, b), None"
+            )
+        full.append(entry if isinstance(entry, Tensor) else None)
+        if is_pair:
+            check_tensor(f"{name}[{e}][0]", entry[0], ("r", "in"))
+            factors.append(tuple(entry))
+        layout.append(FULL if isinstance(entry, Tensor) else entry[0].shape[0] if is_pair else 0)
+    return Projection(tuple(full), tuple(factors), tuple(layout), False)
+
+
+def _check_projection(
+    name: str, side: Projection, num_experts: int, width: int, x: Tensor
+) -> None:
+    hidden = x.shape[1]
+    outer, inner = (hidden, width) if name == "down" else (width, hidden)
+    if len(side.full) != num_experts:
+        raise ValueError(
+            f"{name}: got {len(side.full)} entries; accepted: {num_experts}, as many as gate has"
+        )
+    if side.full[0] is None:
+        raise ValueError(f"{name}[0]: got no full-size weight; accepted: the base's weight")
+    for e, weight in enumerate(side.full):
+        if weight is not None:
+            check_tensor(f"{name}[{e}]", weight, (outer, inner), (x.dtype,), x.device)
+    ranks = [sum(side.ranks)] if side.stacked else [rank for rank in side.ranks if rank]
+    for index, ((a, b), rank) in enumerate(zip(side.factors, ranks, strict=True)):
+        label = name if side.stacked else f"{name} factors {index}"
+        check_tensor(f"{label}.a", a, (rank, inner), (x.dtype,), x.device)
+        check_tensor(f"{label}.b", b, (outer, rank), (x.dtype,), x.device)
+
+
+def _sorted_rows(x, indices, weights, counts, num_experts) -> tuple[Tensor, Tensor]:
+    """Rows sorted by expert are the top-1 case: ids by position, past the counts the id E."""
+    if indices is not None:
+        raise ValueError("indices: got a tensor beside counts; accepted: None")
+    check_tensor("counts", counts, (num_experts,), (torch.int64, torch.int32), x.device)
+    ends = counts.to(torch.int64).cumsum(0)
+    rows = torch.arange(x.shape[0], device=x.device)
+    indices = torch.searchsorted(ends, rows, right=True).unsqueeze(1)
+    if weights is None:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return indices, torch.ones((x.shape[0], 1), dtype=dtype, device=x.device)
+    check_weights("weights", weights, (x.shape[0],), x)
+    return indices, weights.unsqueeze(1)
+
+
+def _experts(x, indices, weights, tensors, layout, stacked, saves):
+    if checks_values(indices):
+        check_ids("indices", indices, len(layout) // 3)
+    y, gate, up = backend.kernels(_kernels, x).forward(
+        x.contiguous(), indices, weights.contiguous(), unflatten(tensors, layout, stacked)
+    )
+    return (y, gate, up) if saves else (y, x.new_empty((0, 0)), x.new_empty((0, 0)))
+
+
+def _experts_fake(x, indices, weights, tensors, layout, stacked, saves):
+    shape = (x.shape[0], tensors[0].shape[0]) if saves else (0, 0)
+    return x.new_empty(x.shape), x.new_empty(shape), x.new_empty(shape)
+
+
+def _experts_backward(dy, x, indices, weights, gate, up, tensors, layout, stacked, needs):
+    dx, dweights, sides = backend.kernels(_kernels, x).backward(
+        dy.contiguous(),
+        x.contiguous(),
+        indices,
+        weights.contiguous(),
+        gate,
+        up,
+        unflatten(tensors, layout, stacked),
+        needs[:2],
+        unflatten(needs[2:], layout, stacked),
+    )
+    grads = [dx, dweights, *(grad for side in sides for grad in side.tensors)]
+    return [
+        x.new_empty(0) if grad is None or not need else grad.contiguous()
+        for grad, need in zip(grads, needs, strict=True)
+    ]
+
+
+def _experts_backward_fake(dy, x, indices, weights, gate, up, tensors, layout, stacked, needs):
+    like = (x, weights, *tensors)
+    return [
+        tensor.new_empty(tensor.shape if need else (0,))
+        for tensor, need in zip(like, needs, strict=True)
+    ]
+
+
+def _setup_experts(ctx, inputs, output):
+    x, indices, weights, tensors, ctx.layout, ctx.stacked, _ = inputs
+    ctx.save_for_backward(x, indices, weights, output[1], output[2], *tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_experts(ctx, dy, dgate, dup):
+    x, indices, weights, gate, up, *tensors = ctx.saved_tensors
+    nones = (None, None, None)
+    if dy is None:
+        return None, None, None, [None] * len(tensors), *nones
+    needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], *ctx.needs_input_grad[3]]
+    grads = torch.ops.flexmore.experts_backward(
+        dy, x, indices, weights, gate, up, tensors, ctx.layout, ctx.stacked, needs
+    )
+    grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+    return grads[0], None, grads[1], grads[2:], *nones
+
+
+define(
+    "experts(Tensor x, Tensor indices, Tensor weights, Tensor[] tensors, int[] layout,"
+    " bool[] stacked, bool saves) -> (Tensor, Tensor, Tensor)",
+    _experts,
+    _experts_fake,
+    backward=_backward_experts,
+    setup_context=_setup_experts,
+)
+define(
+    "experts_backward(Tensor dy, Tensor x, Tensor indices, Tensor weights, Tensor gate, Tensor up,"
+    " Tensor[] tensors, int[] layout, bool[] stacked, bool[] needs) -> Tensor[]",
+    _experts_backward,
+    _experts_backward_fake,
+)

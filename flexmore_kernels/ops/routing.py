@@ -1,0 +1,256 @@
+"""Routing: which experts a token goes to, with which weight, and where its rows go.
+
+Kernels: the compiled library where it is there, else Triton on a GPU and aten on a CPU.
+Cost: topk_route reads x once (T*D) and the router (E*D); from logits it moves T*(E + 2K) numbers.
+make_plan reads N = T*K ids and writes about 3N + T*(E + 1) int32. Maths: reference/routing.py.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backend
+from ..checks import (
+    FLOATS,
+    check_ids,
+    check_int,
+    check_routable,
+    check_tensor,
+    checks_values,
+)
+from ..library import define
+from ..ragged import MAX_SET_EXPERTS, RoutingPlan
+
+_kernels = "routing"
+
+
+class Routing(NamedTuple):
+    """What a router decided for T tokens: logits (T, E) raw, weights and indices (T, K).
+
+    Weights are float32 (float64 from float64 logits), indices int64. Slots are in the order of
+    selection; empty slots come last, with index E and weight 0.
+    """
+
+    logits: Tensor
+    weights: Tensor
+    indices: Tensor
+
+
+def topk_route(
+    x: Tensor,
+    weight: Tensor | None = None,
+    *,
+    top_k: int,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    norm_topk_prob: bool = False,
+) -> Routing:
+    """Choose each token's top-k experts: softmax over all allowed experts, then top-k.
+
+    logits = x weight^T; v = logits + min(bias, 0) on experts 1..; p = softmax of v over the allowed
+    experts; the first K by (v descending, index ascending) are selected with weight p, divided by
+    the selected weights' sum if `norm_topk_prob`.
+
+    Args:
+        x: (T, D) tokens, or the logits (T, E) themselves when `weight` is None; any float dtype.
+        weight: (E, D) router rows in x's dtype.
+        top_k: K, from 1 to E.
+        bias: (E - 1,) for experts 1..; any float dtype. Its gradient is 1 below 0, 0.5 at 0, 0 above.
+        mask: bool (E,) or (T, E), the experts that a token may use. Others are never selected; with
+            fewer than K allowed, fewer are selected.
+        norm_topk_prob: renormalise over the selected.
+
+    Returns:
+        Routing(logits, weights, indices); logits are raw (no bias, no mask), in x's dtype.
+
+    Raises ValueError or TypeError naming the argument. A token without an allowed expert, or with a
+    NaN logit, raises on the CPU and inside `validation()`; elsewhere all its slots are empty.
+    Deterministic; the same logits give the same indices on every device. No host sync.
+    Differentiable in x, weight and bias, through weights and logits.
+    Source: FlexOlmo (arXiv 2507.07024, section 3) and its Hugging Face router.
+    """
+    check_tensor("x", x, ("T", "E" if weight is None else "D"), FLOATS)
+    if weight is not None:
+        check_tensor("weight", weight, ("E", x.shape[1]), (x.dtype,), x.device)
+    num_experts = x.shape[1] if weight is None else weight.shape[0]
+    top_k = check_int("top_k", top_k, 1, num_experts)
+    if not isinstance(norm_topk_prob, bool):
+        raise TypeError(f"norm_topk_prob: got {norm_topk_prob!r}; accepted: True or False")
+    if bias is not None:
+        check_tensor("bias", bias, (num_experts - 1,), FLOATS, x.device)
+    if mask is not None:
+        mask = _check_mask(mask, x.shape[0], num_experts, x.device)
+    if weight is None:
+        weights, indices = torch.ops.flexmore.topk_route(x, bias, mask, top_k, norm_topk_prob)
+        return Routing(x, weights, indices)
+    return Routing(
+        *torch.ops.flexmore.topk_route_linear(x, weight, bias, mask, top_k, norm_topk_prob)
+    )
+
+
+def make_plan(indices: Tensor, num_experts: int) -> RoutingPlan:
+    """Sort the routed slots by expert and, for E <= 8, the tokens by their set of experts.
+
+    A stable counting sort: rows of one expert keep the order of their slots. The fields of
+    `RoutingPlan` are documented, with a worked example, in `flexmore_kernels.ragged`.
+
+    Args:
+        indices: (T, K) int64 or int32, distinct ids within a token; an id outside [0, E) is an empty
+            slot. On the CPU and inside `validation()` ids above E, below 0 or repeated raise.
+        num_experts: E, from 1 to 1024.
+
+    Deterministic. No host sync; sizes depend on T, K and E alone, so a CUDA graph can capture it.
+    """
+    check_tensor("indices", indices, ("T", "K"), (torch.int64, torch.int32))
+    num_experts = check_int("num_experts", num_experts, 1, 1024)
+    indices = indices.to(torch.int64)
+    maps = torch.ops.flexmore.make_plan(indices, num_experts)
+    return RoutingPlan(indices, *maps, num_experts, indices.shape[1])
+
+
+def _check_mask(mask: Tensor, num_tokens: int, num_experts: int, device: torch.device) -> Tensor:
+    fits = isinstance(mask, Tensor) and mask.shape in ((num_experts,), (num_tokens, num_experts))
+    if isinstance(mask, Tensor) and not fits:
+        raise ValueError(
+            f"mask: got shape {tuple(mask.shape)}; accepted: ({num_experts},) or "
+            f"({num_tokens}, {num_experts})"
+        )
+    check_tensor("mask", mask, None, (torch.bool,), device)
+    return mask.expand(num_tokens, num_experts)
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _topk_route(logits, bias, mask, top_k, norm_topk_prob):
+    if checks_values(logits):
+        check_routable(logits, mask)
+    kernels = backend.kernels(_kernels, logits)
+    return kernels.topk_route(logits.contiguous(), bias, mask, top_k, norm_topk_prob)
+
+
+def _topk_route_fake(logits, bias, mask, top_k, norm_topk_prob):
+    shape = (logits.shape[0], top_k)
+    return (
+        logits.new_empty(shape, dtype=_accumulator(logits.dtype)),
+        logits.new_empty(shape, dtype=torch.int64),
+    )
+
+
+def _topk_route_linear(x, weight, bias, mask, top_k, norm_topk_prob):
+    kernels = backend.kernels(_kernels, x)
+    result = kernels.topk_route_linear(
+        x.contiguous(), weight.contiguous(), bias, mask, top_k, norm_topk_prob
+    )
+    if checks_values(x):
+        check_routable(result[0], mask)
+    return result
+
+
+def _topk_route_linear_fake(x, weight, bias, mask, top_k, norm_topk_prob):
+    logits = x.new_empty((x.shape[0], weight.shape[0]))
+    return (logits, *_topk_route_fake(logits, bias, mask, top_k, norm_topk_prob))
+
+
+def _topk_route_backward(dweights, logits, bias, mask, indices, norm_topk_prob):
+    kernels = backend.kernels(_kernels, logits)
+    return kernels.topk_route_backward(
+        dweights.contiguous(), logits.contiguous(), bias, mask, indices, norm_topk_prob
+    )
+
+
+def _topk_route_backward_fake(dweights, logits, bias, mask, indices, norm_topk_prob):
+    return logits.new_empty(logits.shape, dtype=_accumulator(logits.dtype))
+
+
+def _dbias(dlogits: Tensor, bias: Tensor) -> Tensor:
+    """Gradient of min(bias, 0): 1 below 0, 0.5 at 0, 0 above, as torch.minimum splits a tie."""
+    slope = (bias < 0).to(dlogits.dtype) + 0.5 * (bias == 0).to(dlogits.dtype)
+    return (dlogits[:, 1:].sum(dim=0) * slope).to(bias.dtype)
+
+
+def _setup_topk_route(ctx, inputs, output):
+    logits, bias, mask, _, ctx.norm_topk_prob = inputs
+    ctx.save_for_backward(logits, bias, mask, output[1])
+
+
+def _backward_topk_route(ctx, dweights, _):
+    logits, bias, mask, indices = ctx.saved_tensors
+    dlogits = torch.ops.flexmore.topk_route_backward(
+        dweights, logits, bias, mask, indices, ctx.norm_topk_prob
+    )
+    dbias = _dbias(dlogits, bias) if ctx.needs_input_grad[1] else None
+    return dlogits.to(logits.dtype), dbias, None, None, None
+
+
+def _setup_topk_route_linear(ctx, inputs, output):
+    x, weight, bias, mask, _, ctx.norm_topk_prob = inputs
+    ctx.save_for_backward(x, weight, bias, mask, output[0], output[2])
+
+
+def _backward_topk_route_linear(ctx, dlogits_out, dweights, _):
+    x, weight, bias, mask, logits, indices = ctx.saved_tensors
+    dlogits = torch.ops.flexmore.topk_route_backward(
+        dweights, logits, bias, mask, indices, ctx.norm_topk_prob
+    )
+    dbias = _dbias(dlogits, bias) if ctx.needs_input_grad[2] else None
+    dlogits = (dlogits + dlogits_out).to(x.dtype)
+    dx = dlogits @ weight if ctx.needs_input_grad[0] else None
+    dweight = dlogits.T @ x if ctx.needs_input_grad[1] else None
+    return dx, dweight, dbias, None, None, None
+
+
+def _make_plan(indices, num_experts):
+    if checks_values(indices):
+        check_ids("indices", indices, num_experts)
+    by_set = num_experts <= MAX_SET_EXPERTS
+    return backend.kernels(_kernels, indices).make_plan(indices.contiguous(), num_experts, by_set)
+
+
+def _make_plan_fake(indices, num_experts):
+    num_tokens, top_k = indices.shape
+    by_set = num_experts <= MAX_SET_EXPERTS
+
+    def ints(*shape):
+        return indices.new_empty(shape, dtype=torch.int32)
+
+    return (
+        ints(num_tokens * top_k),
+        ints(num_tokens, top_k),
+        ints(num_experts + 1),
+        ints(num_tokens if by_set else 0),
+        ints(num_tokens, num_experts) if by_set else ints(0, 0),
+    )
+
+
+define(
+    "topk_route(Tensor logits, Tensor? bias, Tensor? mask, int top_k, bool norm_topk_prob)"
+    " -> (Tensor, Tensor)",
+    _topk_route,
+    _topk_route_fake,
+    backward=_backward_topk_route,
+    setup_context=_setup_topk_route,
+)
+define(
+    "topk_route_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? mask, int top_k,"
+    " bool norm_topk_prob) -> (Tensor, Tensor, Tensor)",
+    _topk_route_linear,
+    _topk_route_linear_fake,
+    backward=_backward_topk_route_linear,
+    setup_context=_setup_topk_route_linear,
+)
+define(
+    "topk_route_backward(Tensor dweights, Tensor logits, Tensor? bias, Tensor? mask,"
+    " Tensor indices, bool norm_topk_prob) -> Tensor",
+    _topk_route_backward,
+    _topk_route_backward_fake,
+)
+define(
+    "make_plan(Tensor indices, int num_experts) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _make_plan,
+    _make_plan_fake,
+)

@@ -1,0 +1,139 @@
+"""One projection (gate, up or down) of all E experts: which are full-size, which are low-rank.
+
+The kernels' view of a layer's weights, and of their gradients: `Projection` also holds, in the same
+places, the gradients or the booleans that say which are needed. `flatten` and `unflatten` turn
+three of them into what an op's schema can carry, a flat list of tensors and a list of ints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .ragged import rank_offsets
+
+FULL = -1
+"""Layout entry of an expert with a full-size weight; 0 means no delta, r > 0 a rank."""
+
+
+class Projection(NamedTuple):
+    """W_e = full[e] if given, else full[0] + b_e a_e, else (no factors) full[0].
+
+    full: E entries, (out, in) or None. layout: E ints, `FULL`, 0 or the rank. factors: one pair
+    (a (r, in), b (out, r)) for each expert with a rank, in order; or, stacked, a single pair
+    (a (R, in), b (out, R)).
+    """
+
+    full: tuple[Any, ...]
+    factors: tuple[tuple[Any, Any], ...]
+    layout: tuple[int, ...]
+    stacked: bool
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """E ranks, 0 for experts without factors."""
+        return tuple(max(entry, 0) for entry in self.layout)
+
+    @property
+    def extra_full(self) -> list[Any]:
+        """The full-size weights of experts 1.., None elsewhere."""
+        return [None, *self.full[1:]]
+
+    @property
+    def has_extra_full(self) -> bool:
+        """Whether an expert besides the base is full-size."""
+        return FULL in self.layout[1:]
+
+    @property
+    def tensors(self) -> list[Any]:
+        """The entries that are there, in the order of `flatten`."""
+        full = [weight for weight, kind in zip(self.full, self.layout, strict=True) if kind == FULL]
+        return full + [side for pair in self.factors for side in pair]
+
+    def like(self, entries: Sequence[Any]) -> Projection:
+        """A projection of the same layout with other entries, given in the order of `tensors`."""
+        entries = iter(entries)
+        full = tuple(next(entries) if kind == FULL else None for kind in self.layout)
+        factors = tuple((next(entries), next(entries)) for _ in self.factors)
+        return Projection(full, factors, self.layout, self.stacked)
+
+    def factor_pairs(self) -> list[tuple[Any, Any] | None]:
+        """Each expert's own (a, b), or None; views of the stacked ones."""
+        if not self.stacked:
+            pairs = iter(self.factors)
+            return [next(pairs) if rank else None for rank in self.ranks]
+        ((a, b),) = self.factors
+        offsets = rank_offsets(self.ranks)
+        return [
+            (a[start : start + rank], b[:, start : start + rank]) if rank else None
+            for start, rank in zip(offsets, self.ranks, strict=False)
+        ]
+
+    def padded_ranks(self, multiple: int) -> tuple[int, ...]:
+        """The ranks rounded up to a multiple."""
+        return tuple(-(-rank // multiple) * multiple for rank in self.ranks)
+
+    def pack(self, multiple: int) -> tuple[Tensor, Tensor]:
+        """All factors as a (R, in) and b (out, R), each rank padded with zeros to a multiple."""
+        base = self.full[0]
+        if not any(self.ranks):
+            return base.new_empty((0, base.shape[1])), base.new_empty((base.shape[0], 0))
+        if self.stacked and self.padded_ranks(multiple) == self.ranks:
+            return self.factors[0]
+        parts_a, parts_b = [], []
+        for pair in self.factor_pairs():
+            if pair is None:
+                continue
+            parts_a.append(pair[0])
+            parts_b.append(pair[1])
+            padding = -pair[0].shape[0] % multiple
+            if padding:
+                parts_a.append(base.new_zeros((padding, base.shape[1])))
+                parts_b.append(base.new_zeros((base.shape[0], padding)))
+        return torch.cat(parts_a), torch.cat(parts_b, dim=1)
+
+    def unpack(self, da: Tensor | None, db: Tensor | None, multiple: int) -> list[tuple]:
+        """Gradients of the packed factors as gradients of `factors`; None where None came."""
+        offsets = rank_offsets(self.padded_ranks(multiple))
+        spans = [(start, rank) for start, rank in zip(offsets, self.ranks, strict=False) if rank]
+
+        def rows(grad: Tensor | None) -> list[Tensor | None]:
+            if grad is None:
+                return [None] * len(spans)
+            return [grad[start : start + rank] for start, rank in spans]
+
+        rows_a = rows(da)
+        rows_b = rows(None if db is None else db.T)
+        if self.stacked:
+            return [
+                (
+                    None if da is None else torch.cat(rows_a),
+                    None if db is None else torch.cat(rows_b).T,
+                )
+            ]
+        return [(a, None if b is None else b.T) for a, b in zip(rows_a, rows_b, strict=True)]
+
+
+def flatten(projections: Sequence[Projection]) -> tuple[list[Tensor], list[int]]:
+    """(tensors, layout) of the projections, one after the other."""
+    tensors = [tensor for projection in projections for tensor in projection.tensors]
+    return tensors, [kind for projection in projections for kind in projection.layout]
+
+
+def unflatten(
+    entries: Sequence[Any], layout: Sequence[int], stacked: Sequence[bool]
+) -> list[Projection]:
+    """The projections whose entries `flatten` listed."""
+    num_experts = len(layout) // len(stacked)
+    projections, start = [], 0
+    for index, is_stacked in enumerate(stacked):
+        kinds = tuple(layout[index * num_experts : (index + 1) * num_experts])
+        num_pairs = 1 if is_stacked else sum(kind > 0 for kind in kinds)
+        shape = Projection((None,) * num_experts, ((None, None),) * num_pairs, kinds, is_stacked)
+        count = kinds.count(FULL) + 2 * num_pairs
+        projections.append(shape.like(entries[start : start + count]))
+        start += count
+    return projections
