@@ -23,11 +23,13 @@ and float32 for every other.
 from .experts import StackedFactors, experts
 from .gated_mix import gated_mix
 from .grouped_gemm import grouped_gemm
+from .layer import FlexMoRE
 from .lowrank import expand, shrink
+from .model import FlexMoREForCausalLM
 from .permutation import permute, unpermute
 from .routing import Routing, RoutingPlan, make_plan, topk_route
 
 __all__ = [
-    "Routing", "RoutingPlan", "StackedFactors", "expand", "experts", "gated_mix",
+    "FlexMoRE", "FlexMoREForCausalLM", "Routing", "RoutingPlan", "StackedFactors", "expand", "experts", "gated_mix",
     "grouped_gemm", "make_plan", "permute", "shrink", "topk_route", "unpermute",
 ]  # fmt: skip

@@ -1,0 +1,163 @@
+"""The decoder around the layer: FlexOlmo, that is OLMo-2 blocks whose feed-forward is FlexMoRE.
+
+h = embed(ids)
+per layer:   h = h + norm(attention(h));   h = h + norm(FlexMoRE(h))        norms after, not before
+logits = W_lm norm(h)
+
+norm(x) = w * x / sqrt(mean(x^2) + eps)              in acc, the weight too, then rounded
+attention: q = rope(norm(Wq h)), k = rope(norm(Wk h)) with the norm over the full width, all heads
+together; v = Wv h; softmax(q k^T / sqrt(d)) v over the earlier positions; Wo
+rope(x)_i = x_i cos(p f_i) - x_{i+d/2} sin(p f_i),  rope(x)_{i+d/2} = x_{i+d/2} cos + x_i sin,
+f_i = theta^(-2i/d), at position p, in acc
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .layer import FlexMoRE
+
+
+class RMSNorm(nn.Module):
+    """norm(x) over the last dimension."""
+
+    def __init__(self, size: int, eps: float, device=None, dtype=None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size, device=device, dtype=dtype))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_acc = x.to(torch.promote_types(x.dtype, torch.float32))
+        x_acc = x_acc * torch.rsqrt(x_acc.square().mean(-1, keepdim=True) + self.eps)
+        return (self.weight * x_acc).to(x.dtype)
+
+
+def rope(x: Tensor, theta: float) -> Tensor:
+    """x (B, heads, S, d), position = index in S."""
+    S, d = x.shape[-2:]
+    acc = torch.promote_types(x.dtype, torch.float32)
+    i = torch.arange(0, d, 2, device=x.device, dtype=acc)
+    frequency = 1 / theta ** (i / d)
+    angle = torch.arange(S, device=x.device, dtype=acc)[:, None] * frequency
+    first, second = x.to(acc).chunk(2, dim=-1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal attention with full-width q and k norms and grouped key-value heads."""
+
+    def __init__(self, config, **kind) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.theta, self.head_dim = config.rope_theta, config.head_dim
+        D, width, kv = config.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        self.q_proj = nn.Linear(D, width, bias=False, **kind)
+        self.k_proj = nn.Linear(D, kv, bias=False, **kind)
+        self.v_proj = nn.Linear(D, kv, bias=False, **kind)
+        self.o_proj = nn.Linear(width, D, bias=False, **kind)
+        self.q_norm = RMSNorm(width, config.rms_norm_eps, **kind)
+        self.k_norm = RMSNorm(kv, config.rms_norm_eps, **kind)
+
+    def forward(self, h: Tensor, allowed: Tensor) -> Tensor:
+        def split(x, heads):
+            return x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
+
+        q = rope(split(self.q_norm(self.q_proj(h)), self.heads), self.theta)
+        k = rope(split(self.k_norm(self.k_proj(h)), self.kv_heads), self.theta)
+        v = split(self.v_proj(h), self.kv_heads)
+        k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
+        scores = (q @ k.transpose(-1, -2)) * self.head_dim**-0.5
+        acc = torch.promote_types(h.dtype, torch.float32)
+        p = scores.to(acc).masked_fill(~allowed, -torch.inf).softmax(-1).to(h.dtype)
+        return self.o_proj((p @ v).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """One decoder layer."""
+
+    def __init__(self, config, ranks, **kind) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, **kind)
+        self.mlp = FlexMoRE(
+            config.hidden_size,
+            config.intermediate_size,
+            ranks,
+            config.num_experts_per_tok,
+            norm_topk_prob=config.norm_topk_prob,
+            expert_bias=config.expert_bias,
+            **kind,
+        )
+        eps = config.rms_norm_eps
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps, **kind)
+        self.post_feedforward_layernorm = RMSNorm(config.hidden_size, eps, **kind)
+
+    def forward(self, h: Tensor, allowed: Tensor, expert_mask: Tensor | None) -> Tensor:
+        h = h + self.post_attention_layernorm(self.self_attn(h, allowed))
+        return h + self.post_feedforward_layernorm(self.mlp(h, expert_mask=expert_mask))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, final norm."""
+
+    def __init__(self, config, **kind) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, **kind)
+        ranks = config.expert_ranks
+        one_for_all = not isinstance(ranks[0], (list, tuple))  # else a list for each layer
+        self.layers = nn.ModuleList(
+            Block(config, ranks if one_for_all else ranks[n], **kind)
+            for n in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kind)
+
+    def forward(self, input_ids, attention_mask, expert_mask) -> Tensor:
+        S = input_ids.shape[1]
+        allowed = torch.ones(S, S, dtype=torch.bool, device=input_ids.device).tril()
+        if attention_mask is not None:
+            # A token may always see itself, so that a padded one has a softmax.
+            itself = torch.eye(S, dtype=torch.bool, device=input_ids.device)
+            allowed = allowed & (attention_mask.bool()[:, None, None, :] | itself)
+        h = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            h = layer(h, allowed, expert_mask)
+        return self.norm(h)
+
+
+class FlexMoREForCausalLM(nn.Module):
+    """The language model; `config` is a `flexmore_kernels.FlexMoREConfig` or has its fields."""
+
+    def __init__(self, config, *, device=None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        kind = {"device": device, "dtype": dtype}
+        self.config = config
+        self.model = Decoder(config, **kind)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, **kind)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Matrices normal(0.02), norms one, the layers as `FlexMoRE.reset_parameters`."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                module.weight.normal_(std=0.02)
+            elif isinstance(module, RMSNorm):
+                module.weight.fill_(1)
+            elif isinstance(module, FlexMoRE):
+                module.reset_parameters()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        expert_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Ids (B, S) -> logits (B, S, vocab); attention_mask (B, S) is 0 at padding."""
+        h = self.model(input_ids, attention_mask, expert_mask)
+        if self.config.tie_word_embeddings:
+            return F.linear(h, self.model.embed_tokens.weight)
+        return self.lm_head(h)
