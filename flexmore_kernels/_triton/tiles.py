@@ -7,6 +7,7 @@ Both ragged axes (rows per expert, rank per expert) are described by offsets (E+
 
 import contextlib
 import functools
+import math
 
 import torch
 import triton
@@ -15,6 +16,9 @@ import triton.language as tl
 # Devices of compute capability 8.6, 8.9 and 12.0 allow a block 99 KiB; the interpreter has no limit
 # but follows the same choice, so that what is tested is what is shipped.
 SMALLEST_SHARED_MEMORY = 99 * 1024
+
+ENOUGH_PROGRAMS = 264  # two for each multiprocessor of an H100; with fewer, long sums are split
+MOST_SPLITS = 16
 
 
 @triton.jit
@@ -54,6 +58,24 @@ def packed_offset(expert, row_offsets_ptr, ranks_ptr, E: tl.constexpr, E_PAD: tl
 
 
 @triton.jit
+def rank_offset(expert, ranks_ptr, E: tl.constexpr, E_PAD: tl.constexpr):
+    """First column (int64) of `expert` on the rank axis: the sum over e < expert of r_e."""
+    e = tl.arange(0, E_PAD)
+    return tl.sum(tl.load(ranks_ptr + e, mask=(e < expert) & (e < E), other=0).to(tl.int64), 0)
+
+
+@triton.jit
+def aligned(value, ALIGN: tl.constexpr):
+    """value, which the host knows to be a multiple of ALIGN, so that loads by it can vectorise.
+
+    The division and product are what the compiler trusts; they cost nothing beside a loop.
+    """
+    if ALIGN > 1:
+        value = value // ALIGN * ALIGN
+    return value
+
+
+@triton.jit
 def swizzle(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
     """(m, n) of program `pid`: GROUP row tiles share their column tiles in L2."""
     group = pid // (GROUP * tiles_n)
@@ -62,9 +84,43 @@ def swizzle(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
     return group * GROUP + rest % size, rest // size
 
 
+@triton.jit
+def _sum_planes_kernel(
+    out_ptr, planes_ptr, row_offsets_ptr, ranks_ptr, size, num_planes,
+    E: tl.constexpr, E_PAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out = the planes' sum in order; planes of a packed z hold nothing past its used length."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    used = size
+    if ranks_ptr is not None:
+        used = packed_offset(E, row_offsets_ptr, ranks_ptr, E, E_PAD)
+    acc = tl.zeros((BLOCK,), planes_ptr.dtype.element_ty)
+    for _ in range(num_planes):
+        acc += tl.load(planes_ptr + at, mask=at < used, other=0.0)
+        planes_ptr += size
+    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=at < size)
+
+
 def padded(n: int, least: int = 2) -> int:
     """The power of two that a block over n elements is padded to (scans need two elements)."""
     return max(least, triton.next_power_of_2(n))
+
+
+def splits(programs: int, length: int, block: int) -> int:
+    """Into how many parts to cut a sum of `length`, so that `programs` tiles fill the device."""
+    return max(1, min(MOST_SPLITS, ENOUGH_PROGRAMS // programs, length // (4 * block)))
+
+
+def row_block(num_rows: int, num_experts: int, most: int) -> int:
+    """Row tile for the mean number of rows an expert has, within [16, most]."""
+    return min(most, padded(triton.cdiv(num_rows, num_experts), 16))
+
+
+def blocks(dtype: torch.dtype, rows: int, columns: int, depth: int) -> tuple[int, int, int, int]:
+    """(rows, columns, depth, warps) of a tile, cut down for types without fast tensor cores."""
+    if dtype.itemsize >= 4:
+        rows, columns, depth = min(rows, 64), min(columns, 64), 128 // dtype.itemsize
+    return rows, columns, depth, 8 if rows * columns >= 64 * 128 else 4
 
 
 def max_tiles(total: int, segments: int, block: int) -> int:
@@ -88,6 +144,12 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
+def alignment(*rank_lists: tuple[int, ...]) -> int:
+    """16, 8 or 1: what divides every rank, and so every offset into a packed z or a rank axis."""
+    divisor = math.gcd(*(rank for ranks in rank_lists for rank in ranks)) or 16
+    return next(align for align in (16, 8, 1) if divisor % align == 0)
+
+
 @functools.cache
 def _shared_memory(index: int) -> int:
     return torch.cuda.get_device_properties(index).shared_memory_per_block_optin
@@ -103,6 +165,23 @@ def shared_memory(device: torch.device) -> int:
 def fitting_stages(stage_bytes: int, most: int, limit: int, fixed_bytes: int = 0) -> int:
     """Pipeline stages (1 to `most`) of `stage_bytes` that fit in `limit` beside `fixed_bytes`."""
     return max(1, min(most, (limit - fixed_bytes) // stage_bytes))
+
+
+def stages(x: torch.Tensor, rows: int, columns: int, depth: int, most: int = 4) -> int:
+    """Pipeline stages of a matrix product's tiles that fit in a block's shared memory."""
+    stage = (rows + columns) * depth * x.element_size()
+    return fitting_stages(stage, most, shared_memory(x.device))
+
+
+def sum_planes(out: torch.Tensor, planes: torch.Tensor, row_offsets=None, ranks=None) -> None:
+    """out = sum over the planes' first axis, in order; for a packed z give what defines its length.
+
+    Entries of a packed z past its used length become zero.
+    """
+    E = 0 if ranks is None else ranks.shape[0]
+    _sum_planes_kernel[(triton.cdiv(out.numel(), 1024),)](
+        out, planes, row_offsets, ranks, out.numel(), planes.shape[0], E, padded(E), 1024
+    )
 
 
 def device_guard(tensor: torch.Tensor):
