@@ -1,0 +1,85 @@
+// The op library `flexmore_native`: schemas, facts about the build, and the module that Python
+// imports. Kernels register themselves from cpu/*.cpp and cuda/*.cu. The public, differentiable ops
+// (`flexmore::*`) are defined in Python and call these.
+#include <Python.h>
+
+#include <string>
+
+#include "common.h"
+#include "cpu/rows.h"
+
+#if !defined(FM_CUDA_ARCHS)
+#define FM_CUDA_ARCHS ""
+#endif
+
+namespace flexmore {
+
+// Whether this binary has code for the device; defined in cuda/routing.cu.
+bool cuda_runs_on(int64_t device);
+
+namespace {
+
+std::string vector_width() { return rows::table().name; }
+std::string cuda_archs() { return FM_CUDA_ARCHS; }
+#if !defined(FM_WITH_CUDA)
+bool no_cuda(int64_t) { return false; }
+#endif
+
+}  // namespace
+}  // namespace flexmore
+
+STABLE_TORCH_LIBRARY(flexmore_native, m) {
+    m.def("vector_width() -> str");
+    m.def("cuda_archs() -> str");
+    m.def("cuda_runs_on(int device) -> bool");
+
+    m.def(
+        "topk_route(Tensor logits, Tensor? bias, Tensor? mask, int top_k, bool norm_topk_prob)"
+        " -> (Tensor, Tensor)");
+    m.def(
+        "topk_route_backward(Tensor dweights, Tensor logits, Tensor? bias, Tensor? mask,"
+        " Tensor indices, bool norm_topk_prob) -> Tensor");
+    m.def(
+        "make_plan(Tensor indices, int num_experts, bool by_set)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+
+    m.def("permute(Tensor x, Tensor row_to_slot, int top_k) -> Tensor");
+    m.def("unpermute(Tensor x, Tensor slot_to_row, Tensor? weights, Tensor? base) -> Tensor");
+    m.def(
+        "unpermute_backward(Tensor dy, Tensor x, Tensor row_to_slot, Tensor weights)"
+        " -> (Tensor, Tensor)");
+
+    m.def(
+        "swiglu_mix(Tensor gate, Tensor up, Tensor weights, Tensor slot_to_row)"
+        " -> (Tensor, Tensor)");
+    m.def(
+        "swiglu_mix_backward(Tensor dmixed, Tensor? drows, Tensor gate, Tensor up, Tensor weights,"
+        " Tensor row_to_slot, int top_k) -> (Tensor, Tensor, Tensor, Tensor)");
+    m.def(
+        "swiglu_accumulate(Tensor(a!) mixed, Tensor gate, Tensor up, Tensor weights,"
+        " Tensor row_to_slot, int top_k) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flexmore_native, CompositeExplicitAutograd, m) {
+    m.impl("vector_width", TORCH_BOX(&flexmore::vector_width));
+    m.impl("cuda_archs", TORCH_BOX(&flexmore::cuda_archs));
+#if defined(FM_WITH_CUDA)
+    m.impl("cuda_runs_on", TORCH_BOX(&flexmore::cuda_runs_on));
+#else
+    m.impl("cuda_runs_on", TORCH_BOX(&flexmore::no_cuda));
+#endif
+}
+
+// Importing flexmore_kernels._C loads the library, whose static objects register the ops.
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
+    static PyModuleDef module = {PyModuleDef_HEAD_INIT,
+                                 "_C",
+                                 "Registers torch.ops.flexmore_native.",
+                                 0,
+                                 nullptr,
+                                 nullptr,
+                                 nullptr,
+                                 nullptr,
+                                 nullptr};
+    return PyModule_Create(&module);
+}

@@ -1,0 +1,1 @@
+"""Raw kernels of the compiled library: thin wrappers over `torch.ops.flexmore_native`."""

@@ -1,0 +1,74 @@
+"""The compiled library `flexmore_kernels/_C.abi3.so`: whether it is here, and what is in it.
+
+The package works without it (Triton and aten kernels take over), so nothing here raises when the
+library is absent or does not fit the running torch; `why_not` keeps the reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+
+import torch
+
+STEMS = {"cpu": {"routing", "permutation", "gated_mix"}, "cuda": {"routing", "permutation"}}
+"""The stems that the library holds kernels of, by device type; `_native/<stem>.py` wraps them."""
+
+
+@functools.cache
+def why_not() -> str | None:
+    """Why the library is not used, or None when it is loaded. The first call loads it."""
+    name = f"{__package__}._C"
+    if importlib.util.find_spec(name) is None:
+        return "not built: no C++ compiler or no torch was found when the package was installed"
+    try:
+        importlib.import_module(name)
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"does not load with torch {torch.__version__}: {error}"
+    return None
+
+
+def available() -> bool:
+    """Whether the compiled library is loaded, and with it the C++ kernels for the CPU."""
+    return why_not() is None
+
+
+@functools.cache
+def cuda_built() -> bool:
+    """Whether the library holds CUDA kernels that this torch can use."""
+    return available() and torch.version.cuda is not None and _ops().cuda_archs() != ""
+
+
+@functools.cache
+def cuda_runs_on(device: int) -> bool:
+    """Whether the library's CUDA kernels have code for this device that its driver can load."""
+    return cuda_built() and _ops().cuda_runs_on(device)
+
+
+def vector_width() -> str:
+    """The instruction set that the CPU kernels use here ("avx512", ...); "none" if not loaded."""
+    return _ops().vector_width() if available() else "none"
+
+
+def build_info() -> dict[str, object]:
+    """What was built and how: for `flexmore env` and bug reports.
+
+    Always: loaded, why_not, vector_width, cuda_archs. From the small pybind11 module `_host`, where
+    it was built: compilers, flags, vector widths, the torch that it was built against, the commit.
+    """
+    info: dict[str, object] = {
+        "loaded": available(),
+        "why_not": why_not(),
+        "vector_width": vector_width(),
+        "cuda_archs": _ops().cuda_archs() if available() else "",
+    }
+    try:
+        host = importlib.import_module(f"{__package__}._host")
+    except ImportError:
+        return info
+    return info | host.build_info()
+
+
+def _ops():
+    return torch.ops.flexmore_native

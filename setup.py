@@ -1,0 +1,213 @@
+"""Builds the compiled library with CMake when a C++ compiler and torch are there.
+
+Metadata is in pyproject.toml. Options, as users of torch extensions know them:
+
+    FORCE_CUDA=1           compile the CUDA kernels even where torch is a CPU build (0: never)
+    TORCH_CUDA_ARCH_LIST   such as "8.0;9.0a;12.0+PTX"; default: see CMakeLists.txt
+    MAX_JOBS               parallel compiler jobs; default: the number of cores
+
+torch is not imported, and no second torch is downloaded into pip's isolated build environment: the
+one of the target environment is found by path, and its version is read as text.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import site
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+MIN_TORCH = (2, 11)
+
+
+def say(message: str) -> None:
+    print(f"flexmore_kernels: {message}", file=sys.stderr, flush=True)
+
+
+def site_folders() -> list[Path]:
+    """Folders where the target environment's packages may be; pip's isolation hides them."""
+    python = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    folders = [sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]]
+    folders += site.getsitepackages([sys.prefix, sys.base_prefix])
+    for prefix in (os.environ.get("VIRTUAL_ENV"), os.environ.get("CONDA_PREFIX")):
+        if prefix:
+            folders.append(f"{prefix}/lib/{python}/site-packages")
+    return [Path(folder) for folder in folders]
+
+
+def find_torch() -> Path | None:
+    """The torch package of the target environment."""
+    candidates = [folder / "torch" for folder in site_folders()]
+    spec = importlib.util.find_spec("torch")
+    if spec is not None and spec.origin:
+        candidates.append(Path(spec.origin).parent)
+    return next((c for c in candidates if (c / "version.py").is_file()), None)
+
+
+def torch_version(torch: Path) -> tuple[str, str | None]:
+    """(version, CUDA version or None), from torch/version.py."""
+    text = (torch / "version.py").read_text()
+    version = re.search(r"__version__\s*=\s*'([^']+)'", text)
+    cuda = re.search(r"^cuda\b[^=]*=\s*'([^']+)'", text, re.MULTILINE)
+    if version is None:
+        raise RuntimeError(f"cannot read the version from {torch / 'version.py'}")
+    return version[1], cuda[1] if cuda else None
+
+
+def find_program(*names: str) -> str | None:
+    """The first program found on PATH or among the scripts of the target environment."""
+    path = os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])
+    return next((found for name in names if (found := shutil.which(name, path=path))), None)
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    return os.environ.get("CUDACXX") or shutil.which(f"{home}/bin/nvcc") or find_program("nvcc")
+
+
+def cuda_architectures() -> str:
+    """CMAKE_CUDA_ARCHITECTURES from TORCH_CUDA_ARCH_LIST; empty: the defaults of CMakeLists.txt."""
+    out = []
+    for arch in re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()):
+        if not arch:
+            continue
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
+        if match is None:
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: got {arch!r}; accepted: 8.0, 9.0a, 12.0+PTX")
+        number = "".join(match.group(1, 2, 3))
+        out += [f"{number}-real"] + ([f"{number}-virtual"] if match[4] else [])
+    return ";".join(out)
+
+
+def want_cuda(nvcc: str | None, torch_cuda: str | None) -> bool:
+    forced = os.environ.get("FORCE_CUDA")
+    if forced == "0":
+        return False
+    if forced:
+        if nvcc is None:
+            raise SystemExit("FORCE_CUDA is set, but there is no nvcc on PATH or in CUDA_HOME")
+        return True
+    if nvcc is None or torch_cuda is None:
+        return False
+    release = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    match = re.search(r"release (\d+)", release)
+    if match is None or match[1] != torch_cuda.split(".")[0]:
+        say(f"no CUDA kernels (Triton takes over): {nvcc} is not of torch's CUDA {torch_cuda}")
+        return False
+    return True
+
+
+def why_no_library() -> str | None:
+    """The reason to install Python and Triton alone, or None when all is there."""
+    torch = find_torch()
+    if torch is None:
+        return "no torch in the target environment (uv: use --no-build-isolation)"
+    version, _ = torch_version(torch)
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < MIN_TORCH:
+        return f"torch {version} is older than {'.'.join(map(str, MIN_TORCH))}"
+    if not (torch / "include/torch/csrc/stable/library.h").is_file():
+        return f"{torch} has no headers"
+    if find_program(os.environ.get("CXX", "c++"), "g++", "clang++") is None:
+        return "no C++ compiler"
+    if find_program("cmake") is None:
+        return "no cmake"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "no Python.h (install your system's python-dev package)"
+    return None
+
+
+def pybind11_include() -> str:
+    """pybind11's headers, for the optional module _host; "" if absent."""
+    spec = importlib.util.find_spec("pybind11")
+    candidates = [Path(spec.origin).parent] if spec is not None and spec.origin else []
+    candidates += [folder / "pybind11" for folder in site_folders()]
+    folders = (candidate / "include" for candidate in candidates)
+    return next((str(f) for f in folders if (f / "pybind11/pybind11.h").is_file()), "")
+
+
+def git_commit() -> str:
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+        )
+    except OSError:
+        return ""
+    return run.stdout.strip()
+
+
+class CMakeBuild(build_ext):
+    """One CMake run builds every extension."""
+
+    def build_extensions(self) -> None:
+        torch = find_torch()
+        version, torch_cuda = torch_version(torch)
+        nvcc = find_nvcc()
+        with_cuda = want_cuda(nvcc, torch_cuda)
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        output = Path(self.get_ext_fullpath("flexmore_kernels._C")).resolve().parent
+        names = [ext.name for ext in self.extensions]
+        build = Path(self.build_temp).resolve() / "cmake"
+        options = {
+            "TORCH_DIR": torch,
+            "TORCH_VERSION": version,
+            "PYTHON_INCLUDE": sysconfig.get_path("include"),
+            "OUTPUT_DIR": output,
+            "WITH_CUDA": "ON" if with_cuda else "OFF",
+            "NVCC_THREADS": max(1, jobs // 2),
+            "CMAKE_CUDA_ARCHITECTURES": cuda_architectures(),
+            "PYBIND11_INCLUDE": pybind11_include() if "flexmore_kernels._host" in names else "",
+            "HOST_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
+            "GIT_COMMIT": git_commit(),
+        }
+        if with_cuda:
+            options["CMAKE_CUDA_COMPILER"] = nvcc
+        ninja = find_program("ninja")
+        if ninja:
+            options["CMAKE_MAKE_PROGRAM"] = ninja
+        say(f"building for torch {version}, CUDA kernels {'with ' + nvcc if with_cuda else 'off'}")
+        cmake = find_program("cmake")
+        # A build folder of another build environment names tools that are gone: configure afresh.
+        shutil.rmtree(build, ignore_errors=True)
+        configure = [cmake, "-S", str(ROOT), "-B", str(build)]
+        configure += ["-G", "Ninja"] if ninja else []
+        configure += [f"-D{name}={value}" for name, value in options.items() if value != ""]
+        try:
+            subprocess.run(configure, check=True)
+            subprocess.run([cmake, "--build", str(build), "--parallel", str(jobs)], check=True)
+        except subprocess.CalledProcessError as error:
+            hint = " FORCE_CUDA=0 builds without CUDA kernels; Triton's take over." * with_cuda
+            raise SystemExit(f"flexmore_kernels: compiling failed, see above.{hint}") from error
+        for stale in output.glob("_host.*"):
+            if "flexmore_kernels._host" not in names:
+                stale.unlink()
+
+
+extensions = []
+missing = why_no_library()
+if missing is None:
+    extensions.append(Extension("flexmore_kernels._C", sources=[], py_limited_api=True))
+    if pybind11_include():
+        extensions.append(Extension("flexmore_kernels._host", sources=[]))
+    else:
+        say("no pybind11 headers: building without the optional module of build information")
+else:
+    say(f"WITHOUT the compiled library: {missing}. Python and Triton kernels are installed.")
+
+setup(
+    packages=[*find_packages(include=["flexmore_kernels*"]), "flexmore_kernels.reference"],
+    package_dir={"flexmore_kernels.reference": "reference"},
+    package_data={"flexmore_kernels": ["py.typed"]},
+    ext_modules=extensions,
+    cmdclass={"build_ext": CMakeBuild},
+    # _host, for one Python version, may be absent: the library proper fits every Python >= 3.10.
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {},
+)
