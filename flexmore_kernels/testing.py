@@ -114,6 +114,45 @@ def assert_accurate(out: Tensor, ref64: Tensor, same: Tensor | None = None, name
     )
 
 
+def assert_accurate_draws(
+    outs: Sequence[Tensor], refs64: Sequence[Tensor], sames: Sequence[Tensor], name: str = ""
+) -> None:
+    """The accuracy rule for results of few numbers: err(reference) is taken over more draws.
+
+    A handful of independent roundings may be small by luck in one draw, in the reference as in
+    ours. So `outs` are the first of the draws that `refs64` and `sames` hold, all inputs drawn
+    alike: the largest error of `outs` against the largest of all `sames`, and the same with the
+    root mean square.
+    """
+
+    def errors(results: Sequence[Tensor]) -> Tensor:
+        pairs = zip(results, refs64, strict=False)
+        return torch.stack([(r.detach().cpu().double() - t.detach().cpu()).abs() for r, t in pairs])
+
+    for out, ref64 in zip(outs, refs64, strict=False):
+        assert out.shape == ref64.shape and out.dtype == sames[0].dtype, f"{name}: {out.dtype}"
+    if outs[0].numel() == 0:
+        return
+    ours, plain = errors(outs), errors(sames)
+    scale = max(ref64.abs().max().item() for ref64 in refs64)
+    exact = outs[0].dtype == torch.float64
+    floor = scale * (FLOAT64_SLACK if exact else 0.5 * torch.finfo(outs[0].dtype).eps)
+    root_floor = floor / math.sqrt(outs[0].numel())
+    for norm, got, ref, slack in (
+        ("max", ours.max().item(), plain.max().item(), floor),
+        ("rms", ours.square().mean().sqrt().item(), plain.square().mean().sqrt().item(), root_floor),
+    ):
+        allowed = slack if exact else 2 * ref + slack
+        if not got <= allowed:
+            worst = int(ours.nan_to_num(math.inf).argmax())
+            at = tuple(int(i) for i in np.unravel_index(worst, tuple(ours.shape)))
+            raise AssertionError(
+                f"{name or 'result'}: {norm} error {got:.3e}, allowed {allowed:.3e}; worst at draw "
+                f"{at[0]}, {at[1:]}: {outs[at[0]][at[1:]].item():.9g}, expected "
+                f"{refs64[at[0]][at[1:]].item():.9g}"
+            )
+
+
 def assert_same(a: Tensor, b: Tensor, name: str = "") -> None:
     """Fails unless both have the same dtype, shape and bits (NaN equals NaN, 0.0 is not -0.0)."""
     label = name or "tensors"

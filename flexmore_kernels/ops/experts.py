@@ -65,6 +65,9 @@ def experts(
         for name, given in (("gate", gate), ("up", up), ("down", down))
     ]
     num_experts = len(sides[0].full)
+    for name, side in zip(("gate", "up", "down"), sides, strict=True):
+        if side.full[0] is None:
+            raise ValueError(f"{name}[0]: got no full-size weight; accepted: the base's weight")
     width = sides[0].full[0].shape[0]
     for name, side in zip(("gate", "up", "down"), sides, strict=True):
         _check_projection(name, side, num_experts, width, x)
@@ -120,8 +123,6 @@ def _check_projection(
         raise ValueError(
             f"{name}: got {len(side.full)} entries; accepted: {num_experts}, as many as gate has"
         )
-    if side.full[0] is None:
-        raise ValueError(f"{name}[0]: got no full-size weight; accepted: the base's weight")
     for e, weight in enumerate(side.full):
         if weight is not None:
             check_tensor(f"{name}[{e}]", weight, (outer, inner), (x.dtype,), x.device)
