@@ -79,6 +79,15 @@ def layer_arguments(layout: Layout, layer: int) -> dict[str, Any]:
     }
 
 
+def build_layer(
+    arguments: Mapping[str, Any], tensors: Mapping[str, Tensor], device: Any
+) -> FlexMoRE:
+    """A layer of these constructor arguments that holds these tensors, moved but not copied."""
+    module = FlexMoRE(**arguments, device="meta")
+    module.load_state_dict({k: t.to(device) for k, t in tensors.items()}, assign=True)
+    return module
+
+
 def load_layer(
     checkpoint: str | os.PathLike | Layout, layer: int, device: Any = "cpu", dtype=None
 ) -> FlexMoRE:
@@ -87,10 +96,7 @@ def load_layer(
     Raises as `read_layout` does, before anything is loaded.
     """
     layout = checkpoint if isinstance(checkpoint, Layout) else read_layout(checkpoint)
-    tensors = read_layer(layout, layer, dtype)
-    module = FlexMoRE(**layer_arguments(layout, layer), device="meta")
-    module.load_state_dict({k: t.to(device) for k, t in tensors.items()}, assign=True)
-    return module
+    return build_layer(layer_arguments(layout, layer), read_layer(layout, layer, dtype), device)
 
 
 def load_model(

@@ -7,6 +7,7 @@ no test depends on the order.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import sys
@@ -17,7 +18,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import reference
 from flexmore_kernels import backend
+
+# An install carries reference/ as flexmore_kernels.reference; in a bare source tree this stands in.
+if importlib.util.find_spec("flexmore_kernels.reference") is None:
+    sys.modules["flexmore_kernels.reference"] = reference
 
 STEMS = ("routing", "permutation", "grouped_gemm", "lowrank", "gated_mix", "experts")
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)

@@ -16,12 +16,20 @@ STEMS = sorted(p.stem for p in (PACKAGE / "ops").glob("*.py") if p.stem != "__in
 LAYERS = ("layer", "model")
 PRIVATE = ("_aten", "_native", "_triton")
 
-# Imports go to a strictly lower floor, or stay inside one of the folders.
-FLOORS = {
-    "cli": 9, "demo": 8, "checkpoint": 7, "model": 6, "layer": 5, "ops": 4, "_aten": 3,
-    "_triton": 3, "_native": 3, "library": 2, "backend": 2, "native": 1, "ragged": 0, "checks": 0,
-    "baselines": 0, "testing": 0,
-}  # fmt: skip
+# Floors from the ground up. Imports go to a lower floor, or stay inside one of the folders.
+PLAN = (
+    ("accuracy", "baselines", "checkpoint_layout", "checks", "ragged", "timing"),
+    ("native", "projection", "storage", "testing"),
+    ("backend", "library"),
+    PRIVATE,
+    ("ops",),
+    ("layer",),
+    ("model",),
+    ("checkpoint",),
+    ("demo",),
+    ("cli",),
+)
+FLOORS = {room: floor for floor, rooms in enumerate(PLAN) for room in rooms}
 
 
 def python_files(folder: str) -> list[Path]:

@@ -1,0 +1,137 @@
+"""The command line, `flexmore <command>`: each parses, calls one function, says what failed.
+
+demo     run a checkpoint's MoE layers, check each against the reference, compare times
+inspect  what a checkpoint directory holds, checked, without loading it
+env      versions, devices, and which kernels run here and why
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from collections.abc import Sequence
+
+FAILED, MISUSED = 1, 2
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code: 0, 1 when a check failed, 2 for bad input."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"flexmore {arguments.command}: {error}", file=sys.stderr)
+        return MISUSED
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flexmore", description="Kernels for FlexMoRE: run, check, inspect."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    demo = commands.add_parser("demo", help="run and check a checkpoint's MoE layers")
+    demo.add_argument(
+        "checkpoint", nargs="?", metavar="CHECKPOINT_DIR", help="default: one is made"
+    )
+    demo.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    demo.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, else float32")
+    demo.add_argument("--tokens", type=_positive, help="default: 4096 on cuda, else 256")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument(
+        "--break", dest="break_it", action="store_true", help="swap two experts: must fail"
+    )
+    demo.set_defaults(run=_demo)
+
+    inspect = commands.add_parser("inspect", help="what a checkpoint directory holds")
+    inspect.add_argument("checkpoint", metavar="CHECKPOINT_DIR")
+    inspect.set_defaults(run=_inspect)
+
+    env = commands.add_parser("env", help="versions, devices, kernels")
+    env.set_defaults(run=_env)
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"got {number}; accepted: an integer >= 1")
+    return number
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from . import demo
+
+    return demo.run(
+        arguments.checkpoint,
+        device=arguments.device,
+        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
+        tokens=arguments.tokens,
+        break_it=arguments.break_it,
+        seed=arguments.seed,
+    )
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from .checkpoint_layout import read_layout
+
+    layout = read_layout(arguments.checkpoint)
+    config = layout.config
+    print(
+        f"{layout.directory}: {len(layout.shapes)} tensors in {len(set(layout.files.values()))} "
+        f"files, all there\n{config['num_hidden_layers']} layers, D = {config['hidden_size']}, "
+        f"F = {config['intermediate_size']}, top-{config['num_experts_per_tok']} of "
+        f"{config['num_experts']} experts{', with expert bias' if layout.expert_bias else ''}"
+    )
+    previous = None
+    for layer, ranks in enumerate(layout.layer_ranks):
+        if ranks != previous:
+            print(f"  from layer {layer}: ranks {', '.join(map(str, ranks))}  (0: full-size)")
+        previous = ranks
+    for note in layout.notes:
+        print(f"  note: {note}")
+    return 0
+
+
+def _env(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from . import __version__, backend, native
+    from .demo import STEMS
+
+    print(f"flexmore_kernels  {__version__}")
+    print(f"python            {platform.python_version()}, {platform.platform()}")
+    print(f"torch             {torch.__version__}, CUDA {torch.version.cuda}")
+    try:
+        import triton
+
+        print(f"triton            {triton.__version__}")
+    except ImportError:
+        print("triton            not installed")
+    for name, value in native.build_info().items():
+        print(f"library           {name}: {value}")
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices.append("cuda")
+        print(f"gpu               {torch.cuda.get_device_name()}")
+    for device in devices:
+        for stem in STEMS:
+            others = [
+                n for n in backend.available(stem, device) if n != backend.chosen(stem, device)
+            ]
+            print(
+                f"{device:<18}{stem:<14}{backend.chosen(stem, device):<8}"
+                + (f"also: {', '.join(others)}" if others else "")
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
