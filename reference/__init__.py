@@ -30,6 +30,7 @@ from .permutation import permute, unpermute
 from .routing import Routing, RoutingPlan, make_plan, topk_route
 
 __all__ = [
-    "FlexMoRE", "FlexMoREForCausalLM", "Routing", "RoutingPlan", "StackedFactors", "expand", "experts", "gated_mix",
+    "FlexMoRE", "FlexMoREForCausalLM", "Routing", "RoutingPlan", "StackedFactors", "expand",
+    "experts", "gated_mix",
     "grouped_gemm", "make_plan", "permute", "shrink", "topk_route", "unpermute",
 ]  # fmt: skip

@@ -44,10 +44,10 @@ class StackedFactors(NamedTuple):
     ranks: tuple[int, ...]
 
 
-Projection = Sequence["Tensor | tuple[Tensor, Tensor] | None"] | StackedFactors
+Weights = Sequence["Tensor | tuple[Tensor, Tensor] | None"] | StackedFactors
 
 
-def _entries(projection: Projection) -> list[Tensor | tuple[Tensor, Tensor] | None]:
+def _entries(projection: Weights) -> list[Tensor | tuple[Tensor, Tensor] | None]:
     """The projection as a list of E entries: matrix, pair or None."""
     if not hasattr(projection, "ranks"):
         return list(projection)
@@ -70,9 +70,9 @@ def experts(
     x: Tensor,
     indices: Tensor | None,
     weights: Tensor | None,
-    gate: Projection,
-    up: Projection,
-    down: Projection,
+    gate: Weights,
+    up: Weights,
+    down: Weights,
     *,
     counts: Tensor | None = None,
 ) -> Tensor:
