@@ -107,9 +107,10 @@ def load_model(
     Raises as `read_layout` does, before anything is loaded.
     """
     layout = checkpoint if isinstance(checkpoint, Layout) else read_layout(checkpoint)
-    model = FlexMoREForCausalLM(FlexMoREConfig.from_dict(layout.config), device="meta")
-    for layer in range(len(layout.layer_ranks)):
-        model.model.layers[layer].mlp = FlexMoRE(**layer_arguments(layout, layer), device="meta")
+    ranks = layout.layer_ranks
+    found = ranks[0] if len(set(ranks)) == 1 else ranks
+    values = {**layout.config, "expert_ranks": found, "expert_bias": layout.expert_bias}
+    model = FlexMoREForCausalLM(FlexMoREConfig.from_dict(values), device="meta")
     tensors = {k: t.to(device) for k, t in read_tensors(layout, dtype=dtype).items()}
     model.load_state_dict(tensors, assign=True)
     return model
