@@ -30,8 +30,10 @@ from torch import Tensor
 
 from .checkpoint_layout import (
     INDEX_FILE,
+    PROJECTIONS,
     SINGLE_FILE,
     Layout,
+    as_triple,
     mlp_prefix,
     read_layout,
     tensor_shapes,
@@ -77,6 +79,25 @@ def layer_arguments(layout: Layout, layer: int) -> dict[str, Any]:
         "norm_topk_prob": config.get("norm_topk_prob", False),
         "expert_bias": layout.expert_bias,
     }
+
+
+def expert_weights(
+    tensors: Mapping[str, Tensor], ranks: Sequence[Any]
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """gate, up and down as `ops.experts` takes them, from a layer's tensors and `expert_ranks`."""
+
+    def entry(expert: int, projection: str, kind: Any) -> Any:
+        name = f"experts.{expert}.{projection}_proj"
+        if kind == "full":
+            return tensors[f"{name}.weight"]
+        return (tensors[f"{name}_a.weight"], tensors[f"{name}_b.weight"]) if kind else None
+
+    triples = [as_triple(rank) for rank in ranks]
+    gate, up, down = (
+        [entry(e, projection, triple[i]) for e, triple in enumerate(triples)]
+        for i, projection in enumerate(PROJECTIONS)
+    )
+    return gate, up, down
 
 
 def build_layer(

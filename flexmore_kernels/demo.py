@@ -17,8 +17,14 @@ import torch
 from torch import Tensor
 
 from . import backend, baselines
-from .checkpoint import build_layer, layer_arguments, make_demo_checkpoint, read_layer
-from .checkpoint_layout import PROJECTIONS, Layout, as_triple, read_layout
+from .checkpoint import (
+    build_layer,
+    expert_weights,
+    layer_arguments,
+    make_demo_checkpoint,
+    read_layer,
+)
+from .checkpoint_layout import Layout, as_triple, read_layout
 from .layer import FlexMoRE
 from .testing import Accuracy, accuracy, make_x, tree_map
 from .timing import median_ms
@@ -95,7 +101,7 @@ def _run_layer(
         arguments_ours, stored_ours = arguments, stored
     ours = build_layer(arguments_ours, stored_ours, device)
     x_TD = make_x(tokens, arguments["hidden_size"], device, dtype)
-    weights = _entries(stored, arguments["expert_ranks"])
+    weights = expert_weights(stored, arguments["expert_ranks"])
     worst = max(_checks(ours, arguments, stored, weights, x_TD), key=lambda c: c.found.ratio)
     times = "  WRONG: not timed"
     if worst.found.ok:
@@ -152,23 +158,6 @@ def _times(
         },
         x_TD.device,
     )
-
-
-def _entries(stored: dict[str, Tensor], ranks: Sequence) -> tuple[list, list, list]:
-    """gate, up and down as `ops.experts` takes them, from a layer's tensors."""
-
-    def entry(expert: int, projection: str, kind: Any) -> Any:
-        name = f"experts.{expert}.{projection}_proj"
-        if kind == "full":
-            return stored[f"{name}.weight"]
-        return (stored[f"{name}_a.weight"], stored[f"{name}_b.weight"]) if kind else None
-
-    triples = [as_triple(r) for r in ranks]
-    gate, up, down = (
-        [entry(e, projection, triple[i]) for e, triple in enumerate(triples)]
-        for i, projection in enumerate(PROJECTIONS)
-    )
-    return gate, up, down
 
 
 def _double(tree: Any) -> Any:
