@@ -47,12 +47,12 @@ def check_tensor(
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}; accepted: a torch.Tensor")
     if shape is not None:
-        wanted = "(" + ", ".join(str(size) for size in shape) + ("," * (len(shape) == 1)) + ")"
         fits = value.dim() == len(shape) and all(
             isinstance(want, str) or got == want
             for got, want in zip(value.shape, shape, strict=True)
         )
         if not fits:
+            wanted = "(" + ", ".join(str(size) for size in shape) + ("," * (len(shape) == 1)) + ")"
             raise ValueError(f"{name}: got shape {tuple(value.shape)}; accepted: {wanted}")
     if dtypes is not None and value.dtype not in dtypes:
         accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -86,7 +86,9 @@ def check_ranks(name: str, ranks: Sequence[int], num_experts: int) -> tuple[int,
     if isinstance(ranks, (str, bytes)) or not isinstance(ranks, Sequence):
         raise TypeError(f"{name}: got {ranks!r}; accepted: a sequence of {num_experts} ranks >= 0")
     if len(ranks) != num_experts:
-        raise ValueError(f"{name}: got {len(ranks)} entries; accepted: {num_experts}, one an expert")
+        raise ValueError(
+            f"{name}: got {len(ranks)} entries; accepted: {num_experts}, one an expert"
+        )
     return tuple(check_int(f"{name}[{e}]", rank, 0) for e, rank in enumerate(ranks))
 
 

@@ -32,7 +32,7 @@ def topk_route(
     """Weights (T, K) acc and indices (T, K) int64 from the logits."""
     E = logits_TE.shape[1]
     v_TE, usable_TE = _biased(logits_TE, bias, mask)
-    p_TE = v_TE.softmax(1)
+    p_TE = v_TE.softmax(1, dtype=torch.float64)  # few numbers: rounded once, at the end
     order_TE = v_TE.argsort(dim=1, descending=True, stable=True)
     if mask is not None:
         # An allowed -inf sorts with the excluded ones: a second stable sort puts the excluded last.
@@ -44,7 +44,7 @@ def topk_route(
     if norm_topk_prob:
         total_T1 = weights_TK.sum(1, keepdim=True)
         weights_TK = weights_TK / torch.where(total_T1 > 0, total_T1, 1)
-    return weights_TK, indices_TK.masked_fill(empty_TK, E)
+    return weights_TK.to(v_TE.dtype), indices_TK.masked_fill(empty_TK, E)
 
 
 def topk_route_linear(
@@ -71,17 +71,17 @@ def topk_route_backward(
     """The gradient (T, E), acc, with respect to the biased logits."""
     E = logits_TE.shape[1]
     v_TE, usable_TE = _biased(logits_TE, bias, mask)
-    p_TE = v_TE.softmax(1).masked_fill(~usable_TE, 0)
+    p_TE = v_TE.softmax(1, dtype=torch.float64).masked_fill(~usable_TE, 0)
     # One more column takes what belongs to empty slots.
-    dp_TE = dweights_TK.new_zeros(dweights_TK.shape[0], E + 1).scatter_(1, indices_TK, dweights_TK)
-    dp_TE = dp_TE[:, :E]
+    dp_TE = p_TE.new_zeros(p_TE.shape[0], E + 1)
+    dp_TE = dp_TE.scatter_(1, indices_TK, dweights_TK.double())[:, :E]
     if norm_topk_prob:
         chosen_TE = torch.zeros_like(dp_TE, dtype=torch.bool)
         chosen_TE = F.pad(chosen_TE, (0, 1)).scatter_(1, indices_TK, True)[:, :E]
         p_TE = p_TE.masked_fill(~chosen_TE, 0)
         total_T1 = p_TE.sum(1, keepdim=True)
         p_TE = p_TE / torch.where(total_T1 > 0, total_T1, 1)
-    return p_TE * (dp_TE - (p_TE * dp_TE).sum(1, keepdim=True))
+    return (p_TE * (dp_TE - (p_TE * dp_TE).sum(1, keepdim=True))).to(v_TE.dtype)
 
 
 def make_plan(

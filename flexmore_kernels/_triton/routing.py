@@ -35,6 +35,18 @@ def _usable(raw, inside, bias_ptr, mask_ptr, mask_t, mask_e, token, e, E, ACC: t
 
 
 @triton.jit
+def _softmax(v, members, largest):
+    """Softmax over the members of each row, 0 elsewhere, in float64.
+
+    These are few numbers, and the fp32 exp and division are off by several roundings.
+    """
+    v64 = tl.where(members, v, float("-inf")).to(tl.float64)
+    p = tl.exp(v64 - largest[:, None].to(tl.float64))
+    total = tl.sum(p, 1)
+    return p / tl.where(total > 0, total, 1)[:, None]
+
+
+@triton.jit
 def _choose(
     v, usable, largest, token, e, weights_ptr, indices_ptr, T,
     E: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, NORM: tl.constexpr,
@@ -50,11 +62,9 @@ def _choose(
         left = usable & (rank == K)
     chosen = usable & (rank < K)
 
-    p = tl.where(usable, tl.exp(tl.where(usable, v - largest[:, None], 0)), 0)
-    total = tl.sum(tl.where(chosen, p, 0) if NORM else p, 1)
-    p = p / tl.where(total > 0, total, 1)[:, None]
+    p = _softmax(v, chosen if NORM else usable, largest)
     slot = token[:, None] * K + rank
-    tl.store(weights_ptr + slot, p, mask=chosen)
+    tl.store(weights_ptr + slot, p.to(v.dtype), mask=chosen)
     tl.store(indices_ptr + slot, tl.broadcast_to(e[None, :], slot.shape).to(tl.int64), mask=chosen)
 
     k = tl.arange(0, K_PAD)
@@ -129,17 +139,16 @@ def _route_backward(
     # Renormalised weights are the softmax over the chosen alone.
     if NORM:
         usable = usable & chosen
-    p = tl.where(usable, tl.exp(tl.where(usable, v - top[:, None], 0)), 0)
-    total = tl.sum(p, 1)
-    p = p / tl.where(total > 0, total, 1)[:, None]
-    dp = tl.where(usable, dp, 0)
-    tl.store(dlogits_ptr + at, p * (dp - tl.sum(p * dp, 1)[:, None]), mask=inside)
+    p = _softmax(v, usable, top)
+    dp = tl.where(usable, dp, 0).to(tl.float64)
+    dv = p * (dp - tl.sum(p * dp, 1)[:, None])
+    tl.store(dlogits_ptr + at, dv.to(ACC), mask=inside)
 
 
 def _tokens_per_program(E: int) -> tuple[int, int]:
-    """(tokens, warps) of a routing program: at most 1024 logits, a long row inside one warp."""
+    """(tokens, warps) of a routing program: about 1024 logits, few warps to a long row."""
     pad = tiles.padded(E)
-    return max(1, min(64, 1024 // pad)), 1 if pad >= 256 else 4
+    return max(1, min(64, 1024 // pad)), max(1, pad // 256) if pad >= 128 else 4
 
 
 def _linear_tile(T: int, E: int, itemsize: int, shared: int) -> dict[str, int]:

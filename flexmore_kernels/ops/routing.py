@@ -81,6 +81,7 @@ def topk_route(
         raise TypeError(f"norm_topk_prob: got {norm_topk_prob!r}; accepted: True or False")
     if bias is not None:
         check_tensor("bias", bias, (num_experts - 1,), FLOATS, x.device)
+        bias = bias.contiguous()
     if mask is not None:
         mask = _check_mask(mask, x.shape[0], num_experts, x.device)
     if weight is None:
@@ -105,6 +106,8 @@ def make_plan(indices: Tensor, num_experts: int) -> RoutingPlan:
     Deterministic. No host sync; sizes depend on T, K and E alone, so a CUDA graph can capture it.
     """
     check_tensor("indices", indices, ("T", "K"), (torch.int64, torch.int32))
+    if indices.shape[1] == 0:
+        raise ValueError("indices: got no slots a token; accepted: (T, K) with K >= 1")
     num_experts = check_int("num_experts", num_experts, 1, 1024)
     indices = indices.to(torch.int64)
     maps = torch.ops.flexmore.make_plan(indices, num_experts)
