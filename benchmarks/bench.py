@@ -89,11 +89,8 @@ def measure(
 def environment(device: str) -> dict[str, Any]:
     """Where a record was taken."""
     on_gpu = torch.device(device).type == "cuda"
-    run = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    )
     return {
-        "commit": run.stdout.strip(),
+        "commit": _commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "device": torch.cuda.get_device_name(device) if on_gpu else platform.machine(),
         "threads": torch.get_num_threads(),
@@ -110,6 +107,16 @@ def record(name: str, entry: dict[str, Any]) -> Path:
     with path.open("a") as file:
         file.write(json.dumps(entry) + "\n")
     return path
+
+
+def _commit() -> str | None:
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+        )
+    except OSError:
+        return None
+    return run.stdout.strip() or None
 
 
 def _triton_version() -> str | None:

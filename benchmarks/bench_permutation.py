@@ -1,4 +1,4 @@
-"""Price of permutation: moves rows. permute reads T D elements and writes N D; unpermute reverses."""
+"""Price of permutation: moves rows. permute reads T D elements, writes N D; unpermute reverses."""
 
 from __future__ import annotations
 
