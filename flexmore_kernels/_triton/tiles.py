@@ -162,6 +162,12 @@ def shared_memory(device: torch.device) -> int:
     return _shared_memory(torch.cuda.current_device() if device.index is None else device.index)
 
 
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of `device`; (0, 0) in the interpreter."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
 def fitting_stages(stage_bytes: int, most: int, limit: int, fixed_bytes: int = 0) -> int:
     """Pipeline stages (1 to `most`) of `stage_bytes` that fit in `limit` beside `fixed_bytes`."""
     return max(1, min(most, (limit - fixed_bytes) // stage_bytes))
