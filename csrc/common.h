@@ -72,6 +72,23 @@ inline void check_topk_route(const Tensor& logits_TE, const OptionalTensor& bias
         check_size(*mask, "mask", 1, E);
     }
 }
+inline void check_topk_route_backward(const Tensor& dweights_TK, const Tensor& logits_TE,
+                                      const OptionalTensor& bias, const OptionalTensor& mask,
+                                      const Tensor& indices_TK) {
+    check_tensor(dweights_TK, "dweights", 2, acc_dtype(logits_TE.scalar_type()));
+    check_tensor(indices_TK, "indices", 2, ScalarType::Long);
+    check_topk_route(logits_TE, bias, mask, indices_TK.size(1));
+    for (const int64_t dim : {0, 1}) check_size(dweights_TK, "dweights", dim, indices_TK.size(dim));
+    check_size(indices_TK, "indices", 0, logits_TE.size(0));
+}
+inline void check_make_plan(const Tensor& indices_TK, int64_t num_experts, bool by_set) {
+    check_tensor(indices_TK, "indices", 2, ScalarType::Long);
+    check_int32_range(indices_TK.numel(), "the number of slots");
+    STD_TORCH_CHECK(indices_TK.size(1) >= 1, "indices must have at least one slot a token");
+    STD_TORCH_CHECK(num_experts >= 1 && (!by_set || num_experts <= 8),
+                    "num_experts must be positive, and at most 8 to sort by expert set; got ",
+                    num_experts);
+}
 inline void check_permute(const Tensor& x_TD, const Tensor& row_to_slot_N, int64_t top_k) {
     check_tensor(x_TD, "x", 2, x_TD.scalar_type());
     check_tensor(row_to_slot_N, "row_to_slot", 1, ScalarType::Int);

@@ -41,7 +41,8 @@ std::vector<Acc> expert_bias(const OptionalTensor& bias, int64_t E) {
 // One token's softmax over its allowed experts, in two steps: biased logits, then exponentials.
 template <class Acc>
 struct Softmax {
-    std::vector<Acc> v, p;     // biased logits; probabilities, 0 where excluded
+    std::vector<Acc> v;        // biased logits
+    std::vector<double> p;     // probabilities, 0 where excluded; few, so in double
     std::vector<int32_t> ids;  // the allowed experts, ascending
     Acc largest;
 
@@ -63,9 +64,9 @@ struct Softmax {
         return !is_nan && std::isfinite(largest);
     }
     void normalize() {
-        p.assign(v.size(), Acc(0));
-        Acc sum = 0;
-        for (const int32_t e : ids) sum += p[e] = std::exp(v[e] - largest);
+        p.assign(v.size(), 0.0);
+        double sum = 0;
+        for (const int32_t e : ids) sum += p[e] = std::exp(double(v[e]) - largest);
         for (const int32_t e : ids) p[e] /= sum;
     }
 };
@@ -96,11 +97,11 @@ std::tuple<Tensor, Tensor> topk_route(Tensor logits_TE, OptionalTensor bias, Opt
             const int64_t chosen = std::min<int64_t>(K, token.ids.size());
             std::partial_sort(token.ids.begin(), token.ids.begin() + chosen, token.ids.end(),
                               before);
-            Acc total = norm_topk_prob ? Acc(0) : Acc(1);
+            double total = norm_topk_prob ? 0.0 : 1.0;
             for (int64_t k = 0; k < chosen && norm_topk_prob; ++k) total += token.p[token.ids[k]];
             for (int64_t k = 0; k < chosen; ++k) {
                 indices[t * K + k] = token.ids[k];
-                weights[t * K + k] = token.p[token.ids[k]] / total;
+                weights[t * K + k] = static_cast<Acc>(token.p[token.ids[k]] / total);
             }
         };
         const int64_t grain = std::max<int64_t>(1, 4096 / E);
@@ -118,13 +119,8 @@ std::tuple<Tensor, Tensor> topk_route(Tensor logits_TE, OptionalTensor bias, Opt
 Tensor topk_route_backward(Tensor dweights_TK, Tensor logits_TE, OptionalTensor bias,
                            OptionalTensor mask, Tensor indices_TK, bool norm_topk_prob) {
     const int64_t T = logits_TE.size(0), E = logits_TE.size(1), K = indices_TK.size(1);
-    check_topk_route(logits_TE, bias, mask, K);
+    check_topk_route_backward(dweights_TK, logits_TE, bias, mask, indices_TK);
     const ScalarType dtype = logits_TE.scalar_type();
-    check_tensor(dweights_TK, "dweights", 2, acc_dtype(dtype));
-    check_tensor(indices_TK, "indices", 2, ScalarType::Long);
-    check_size(dweights_TK, "dweights", 0, T);
-    check_size(dweights_TK, "dweights", 1, K);
-    check_size(indices_TK, "indices", 0, T);
     Tensor dlogits_TE = zeros(logits_TE, {T, E}, acc_dtype(dtype));
     dispatch(dtype, [&](auto tag) {
         using Elem = decltype(tag);
@@ -146,9 +142,9 @@ Tensor topk_route_backward(Tensor dweights_TK, Tensor logits_TE, OptionalTensor 
                 if (norm_topk_prob) token.ids.push_back(static_cast<int32_t>(e));
             }
             token.normalize();
-            Acc mean = 0;
+            double mean = 0;
             for (const int32_t e : token.ids) mean += token.p[e] * d[e];
-            for (const int32_t e : token.ids) d[e] = token.p[e] * (d[e] - mean);
+            for (const int32_t e : token.ids) d[e] = static_cast<Acc>(token.p[e] * (d[e] - mean));
         };
         const int64_t grain = std::max<int64_t>(1, 4096 / E);
         torch::stable::parallel_for(0, T, grain, [&](int64_t begin, int64_t end) {
@@ -163,11 +159,8 @@ Tensor topk_route_backward(Tensor dweights_TK, Tensor logits_TE, OptionalTensor 
 // at 8 bytes a slot the whole of it costs less than starting the threads for most sizes.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> make_plan(Tensor indices_TK, int64_t num_experts,
                                                              bool by_set) {
-    check_tensor(indices_TK, "indices", 2, ScalarType::Long);
+    check_make_plan(indices_TK, num_experts, by_set);
     const int64_t T = indices_TK.size(0), K = indices_TK.size(1), N = T * K, E = num_experts;
-    check_int32_range(N, "the number of slots");
-    STD_TORCH_CHECK(E >= 1 && (!by_set || E <= 8), "num_experts must be positive, and at most 8 ",
-                    "to sort by expert set; got ", E);
     Tensor row_to_slot_N = empty(indices_TK, {N}, ScalarType::Int);
     Tensor slot_to_row_TK = empty(indices_TK, {T, K}, ScalarType::Int);
     Tensor row_offsets_E1 = zeros(indices_TK, {E + 1}, ScalarType::Int);

@@ -1,0 +1,133 @@
+// What the CUDA kernels share: the current stream, launch checks, dtypes, and vectors of elements.
+//
+// This file and the .cu files are compiled against any build of torch, also a CPU one, and the
+// resulting library loads beside either: the one CUDA function of torch that is called is a weak
+// symbol, and the CUDA runtime is linked statically.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <algorithm>
+
+#include "../common.h"
+
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(
+    int32_t device_index, void** ret_stream);
+
+namespace flexmore::cuda {
+
+using torch::stable::accelerator::DeviceGuard;
+
+constexpr unsigned kFullWarp = 0xFFFFFFFFu;
+
+inline void check_cuda(cudaError_t error, const char* what) {
+    STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
+}
+inline void check_launch(const char* kernel) { check_cuda(cudaGetLastError(), kernel); }
+
+// torch's current stream of the tensor's device. Call under a DeviceGuard of that device.
+inline cudaStream_t current_stream(const Tensor& t) {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                    "this torch has no CUDA: aoti_torch_get_current_cuda_stream is missing");
+    void* stream = nullptr;
+    const AOTITorchError error = aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream);
+    STD_TORCH_CHECK(error == TORCH_SUCCESS, "cannot get torch's current CUDA stream");
+    return static_cast<cudaStream_t>(stream);
+}
+
+inline void check_same_device(const Tensor& t, std::initializer_list<const Tensor*> others) {
+    for (const Tensor* other : others) {
+        STD_TORCH_CHECK(!other || (other->is_cuda() &&
+                                   other->get_device_index() == t.get_device_index()),
+                        "all tensors must be on the same CUDA device");
+    }
+}
+inline const Tensor* pointer(const OptionalTensor& t) { return t ? &*t : nullptr; }
+
+// Calls f(T{}) with the element type of `dtype`.
+template <class F>
+void dispatch(ScalarType dtype, F&& f) {
+    switch (dtype) {
+        case ScalarType::Float:
+            return f(float{});
+        case ScalarType::Double:
+            return f(double{});
+        case ScalarType::BFloat16:
+            return f(__nv_bfloat16{});
+        case ScalarType::Half:
+            return f(__half{});
+        default:
+            STD_TORCH_CHECK(false, "dtype ", torch::headeronly::toString(dtype),
+                            " is not supported; accepted: float32, float64, bfloat16, float16");
+    }
+}
+
+template <class T>
+struct AccOf {
+    using type = float;
+};
+template <>
+struct AccOf<double> {
+    using type = double;
+};
+template <class T>
+using Acc = typename AccOf<T>::type;
+
+__device__ __forceinline__ float to_acc(float x) { return x; }
+__device__ __forceinline__ double to_acc(double x) { return x; }
+__device__ __forceinline__ float to_acc(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_acc(__half x) { return __half2float(x); }
+template <class T>
+__device__ __forceinline__ T from_acc(Acc<T> x) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        return __float2bfloat16_rn(x);
+    } else if constexpr (std::is_same_v<T, __half>) {
+        return __float2half_rn(x);
+    } else {
+        return x;
+    }
+}
+
+// V neighbouring elements, moved in accesses of up to 16 bytes.
+template <class T, int V>
+struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
+    T v[V];
+};
+template <int V, class T>
+__device__ __forceinline__ Pack<T, V> load_pack(const T* p) {
+    return *reinterpret_cast<const Pack<T, V>*>(p);
+}
+template <int V, class T>
+__device__ __forceinline__ void store_pack(T* p, const Pack<T, V>& pack) {
+    *reinterpret_cast<Pack<T, V>*>(p) = pack;
+}
+
+// Whether rows of `bytes` bytes that start at p can be accessed `width` bytes at a time.
+inline bool aligned(const void* p, int64_t bytes, int64_t width) {
+    return reinterpret_cast<uintptr_t>(p) % width == 0 && bytes % width == 0;
+}
+
+template <class T>
+const T* data(const Tensor& t) {
+    return static_cast<const T*>(t.const_data_ptr());
+}
+template <class T>
+const T* data(const OptionalTensor& t) {
+    return t ? data<T>(*t) : nullptr;
+}
+template <class T>
+T* mutable_data(const Tensor& t) {
+    return static_cast<T*>(t.mutable_data_ptr());
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// A grid's first dimension; one block a row or a few, so 2^31 - 1 is far from reached.
+inline unsigned grid_size(int64_t blocks) {
+    check_int32_range(blocks, "the number of thread blocks");
+    return static_cast<unsigned>(blocks);
+}
+
+}  // namespace flexmore::cuda
