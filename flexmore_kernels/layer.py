@@ -175,10 +175,10 @@ class FlexMoRE(nn.Module):
             # The casts are done: inside, float32 is meant to stay float32.
             with torch.autocast(x.device.type, enabled=False):
                 y_TD, routing = self._route_and_mix(x_TD, expert_mask, gate, up, down)
-        y = y_TD.reshape(x.shape)
-        if not return_routing:
-            return y
-        return y, Routing(*(part.reshape(*leading, part.shape[-1]) for part in routing))
+        if x.dim() != 2:
+            y_TD = y_TD.reshape(x.shape)
+            routing = Routing(*(part.reshape(*leading, part.shape[-1]) for part in routing))
+        return (y_TD, routing) if return_routing else y_TD
 
     def _route_and_mix(self, x_TD, expert_mask, gate, up, down) -> tuple[Tensor, Routing]:
         if expert_mask is not None and expert_mask.dim() > 1:
@@ -239,10 +239,11 @@ class FlexMoRE(nn.Module):
         if not torch.compiler.is_compiling() and checks_values(mask):
             none = ~mask.any(-1)
             if bool(none.any()):
-                at = tuple(int(i) for i in none.nonzero()[0]) if none.dim() else "any"
+                at = tuple(int(i) for i in none.nonzero()[0])
+                token = f"token {at}" if at else "any token"
                 raise ValueError(
-                    f"expert_mask: got no allowed expert for token {at}; accepted: at least one "
-                    "True for every token"
+                    f"expert_mask: got no allowed expert for {token}; accepted: at least one True "
+                    "for every token"
                 )
 
     def extra_repr(self) -> str:
@@ -272,9 +273,10 @@ def _check_one_of(name: str, value: object, accepted: Iterable) -> None:
 
 def _autocast_dtype(x: object) -> torch.dtype | None:
     """The dtype that autocast asks for on x's device, None when it is off."""
-    if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type):
+    kind = x.device.type if isinstance(x, Tensor) else ""
+    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
         return None
-    return torch.get_autocast_dtype(x.device.type)
+    return torch.get_autocast_dtype(kind)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -1,0 +1,244 @@
+"""The layer against the reference: values, gradients, masks, dtypes, compilation, bad input.
+
+Traps covered: every named case, with the factors apart and stacked; routing weights and logits at
+the layer's own output (a later norm would hide their scale); leading dimensions and strides; fewer
+experts allowed than asked for, and an excluded one whose logit would win; float32 factors beside a
+bfloat16 base; autocast; one graph for all T.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import flexmore_kernels as fk
+import reference
+from flexmore_kernels import testing
+from flexmore_kernels.testing import CASE_IDS, CASES, assert_accurate
+
+RANKS = (0, 3, (2, 0, "full"), 0, (0, 0, 0))
+
+
+def fill(layer, seed=0):
+    """Non-zero everywhere, B included; the size of a signal is kept."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            scale = parameter.shape[-1] ** -0.5
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return layer
+
+
+def make(ranks=RANKS, top_k=3, hidden=16, intermediate=24, device="cpu", seed=0, **options):
+    return fill(fk.FlexMoRE(hidden, intermediate, ranks, top_k, device=device, **options), seed)
+
+
+def twin(layer, dtype=None, **options):
+    """The reference layer of the same weights and options."""
+    options = {"norm_topk_prob": layer.norm_topk_prob, "router_dtype": layer.router_dtype} | options
+    copy = reference.FlexMoRE(
+        layer.hidden_size,
+        layer.intermediate_size,
+        layer.expert_ranks,
+        layer.top_k,
+        expert_bias=layer.gate.expert_bias is not None,
+        device=layer.gate.weight.device,
+        **options,
+    )
+    copy.load_state_dict(layer.state_dict(), assign=True)
+    return copy if dtype is None else copy.to(dtype)
+
+
+def sides(layer, dtype):
+    """Gate, up and down of a reference layer, as `reference.experts` takes them."""
+    names = ("gate_proj", "up_proj", "down_proj")
+    return [[expert.projection(name, dtype) for expert in layer.experts] for name in names]
+
+
+def gradients(layer, x, dy):
+    """y, dx and the parameters' gradients by their state_dict names."""
+    leaf = x.clone().requires_grad_()
+    y = layer(leaf)
+    y.backward(dy.to(y.dtype))
+    named = layer.state_dict(keep_vars=True)
+    grads = {"y": y.detach(), "dx": leaf.grad}
+    if isinstance(layer.experts, fk.storage.StackedExperts):
+        for parameter in layer.parameters():
+            # The slices of a stack share its gradient: let them carry it.
+            parameter.data, parameter.grad = parameter.grad, None
+        return grads | {name: t.detach() for name, t in layer.state_dict().items()}
+    zeros = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named.items()}
+    return grads | zeros
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["apart", "stacked"])
+@pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
+def test_layer_forward_and_backward(case, stacked, device, kernels):
+    groups = ("y", "dx", "gate.weight", "gate.expert_bias", "_proj_a", "_proj_b", "_proj.")
+
+    def grouped(layer, x, dy):
+        # One group's gradients together: a tensor of two or three numbers may be lucky.
+        grads = gradients(layer, x, dy)
+        parts = [
+            [t.flatten() for name, t in sorted(grads.items()) if group in name] for group in groups
+        ]
+        return [torch.cat(part or [dy[:0].flatten()]) for part in parts]
+
+    draws = {"ours": [], "truth": [], "same": []}
+    for seed in range(8):
+        layer = make(
+            case.ranks, case.top_k, case.hidden, case.intermediate, device,
+            expert_bias=True, stacked_factors=stacked, seed=seed,
+        )  # fmt: skip
+        x = testing.make_x(case.tokens, case.hidden, device)
+        dy = torch.randn_like(x)
+        draws["truth"].append(grouped(twin(layer, torch.float64), x.double(), dy))
+        draws["same"].append(grouped(twin(layer, torch.float32), x, dy))
+        if seed >= 6:
+            draws["ours"].append(grouped(layer, x, dy))
+    for index, group in enumerate(groups):
+        columns = [[draw[index] for draw in column] for column in draws.values()]
+        testing.assert_accurate_draws(*columns, name=group)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_layer_of_half_precision(dtype, device, kernels):
+    if kernels == "triton" and device == "cpu":
+        pytest.skip("the interpreter computes float32 and float64 only")
+    layer = make(dtype=dtype, device=device)
+    x = testing.make_x(64, 16, device, dtype)
+    y, routing = layer(x, return_routing=True)
+    assert_accurate(routing.logits, x.double() @ layer.gate.weight.double().T, name="logits")
+    again = reference.topk_route(routing.logits, top_k=3)
+    assert torch.equal(routing.indices, again.indices) and routing.weights.dtype == torch.float32
+    # Given the routing: the same experts with the same weights.
+    wide, plain = twin(layer, torch.float64), twin(layer)
+    given = [routing.indices, routing.weights.double()]
+    truth = reference.experts(x.double(), *given, *sides(wide, torch.float64))
+    same = reference.experts(x, routing.indices, routing.weights, *sides(plain, dtype))
+    assert_accurate(y, truth.detach(), same.detach())
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_layer_gradcheck(norm):
+    layer = make((0, 2, (1, "full", 0)), 2, 4, 5, dtype=torch.float64, expert_bias=True,
+                 norm_topk_prob=norm)  # fmt: skip
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+    x = testing.make_x(5, 4, dtype=torch.float64).requires_grad_()
+
+    def function(x, *parameters):
+        state = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(layer, state, (x,))
+
+    assert torch.autograd.gradcheck(function, (x, *parameters), fast_mode=True)
+
+
+def test_layer_shapes_and_strides(device):
+    layer = make(device=device)
+    x = testing.make_x(30, 16, device)
+    y = layer(x)
+    testing.assert_same(layer(x.view(2, 3, 5, 16)), y.view(2, 3, 5, 16))
+    testing.assert_same(layer(x[4]), layer(x[4:5])[0])
+    spread = torch.zeros(30, 3, 32, device=device)[:, 1, ::2].copy_(x)
+    testing.assert_same(layer(spread), y)
+    testing.assert_same(layer(x.T.contiguous().T), y)
+    assert layer(x.view(2, 15, 16)[:, :0]).shape == (2, 0, 16)
+    before = x.clone()
+    _, routing = layer(x.view(2, 15, 16), return_routing=True)
+    testing.assert_same(x, before)
+    assert [tuple(part.shape) for part in routing] == [(2, 15, 5), (2, 15, 3), (2, 15, 3)]
+    assert routing.indices.dtype == torch.int64 and routing.weights.dtype == torch.float32
+
+
+def test_layer_mask(device, kernels):
+    layer = make(device=device)
+    x = testing.make_x(40, 16, device)
+    mask = torch.rand(40, 5, device=device) > 0.6
+    mask[:, 1] |= ~mask.any(1)
+    y, routing = layer(x, expert_mask=mask, return_routing=True)
+    chosen = torch.zeros(40, 6, dtype=torch.bool, device=device)
+    chosen.scatter_(1, routing.indices, True)
+    assert not (chosen[:, :5] & ~mask).any()
+    testing.assert_same(chosen[:, :5].sum(1), mask.sum(1).clamp(max=3))
+    assert (routing.weights[routing.indices == 5] == 0).all()
+    wide = twin(layer, torch.float64)(x.double(), expert_mask=mask)
+    assert_accurate(y, wide.detach(), twin(layer)(x, expert_mask=mask).detach())
+    shared = layer(x, expert_mask=mask[0])
+    testing.assert_same(layer(x, expert_mask=mask[:1].expand(40, 5)), shared)
+    testing.assert_same(layer(x.view(8, 5, 16), expert_mask=mask.view(8, 5, 5)).view(40, 16), y)
+
+
+def test_layer_mask_of_the_winner(device, kernels):
+    """The excluded expert's logit is so large that all others' share of a whole softmax is 0."""
+    layer = make(device=device, top_k=2)
+    with torch.no_grad():
+        layer.gate.weight[3] = 1000 * layer.gate.weight[0]
+    x = testing.make_x(20, 16, device)
+    x = x * (x @ layer.gate.weight[0]).sign().detach()[:, None]
+    mask = torch.tensor([True, True, True, False, True], device=device)
+    y, routing = layer(x, expert_mask=mask, return_routing=True)
+    assert (routing.indices != 3).all() and (routing.indices < 5).all()
+    assert (routing.weights.sum(1) > 0.2).all()
+    wide = twin(layer, torch.float64)(x.double(), expert_mask=mask)
+    assert_accurate(y, wide.detach(), twin(layer)(x, expert_mask=mask).detach())
+
+
+def test_layer_router_dtype(device):
+    layer = make(dtype=torch.bfloat16, device=device, router_dtype=torch.float32)
+    x = testing.make_x(33, 16, device, torch.bfloat16)
+    y, routing = layer(x, return_routing=True)
+    assert y.dtype == torch.bfloat16 and routing.logits.dtype == torch.float32
+    assert_accurate(routing.logits, x.double() @ layer.gate.weight.double().T)
+
+
+def test_layer_factors_in_float32(device):
+    layer = make(dtype=torch.bfloat16, device=device)
+    exact = twin(layer)
+    for name, parameter in layer.named_parameters():
+        if "_proj_" in name or name.startswith("gate."):
+            parameter.data = parameter.data.float()
+    x = testing.make_x(20, 16, device, torch.bfloat16)
+    y = layer(x)
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert layer.experts[1].up_proj_a.weight.grad.dtype == torch.float32
+    testing.assert_same(y, make(dtype=torch.bfloat16, device=device)(x))
+    assert_accurate(y, exact.double()(x.double()).detach(), twin(layer)(x).detach())
+
+
+@pytest.mark.parametrize("wide", [torch.float32, torch.bfloat16], ids=str)
+def test_layer_autocast(wide, device):
+    layer = make(device=device, dtype=wide)
+    x = testing.make_x(20, 16, device)
+    with torch.autocast(device, torch.bfloat16):
+        y, routing = layer(x, return_routing=True)
+    y.float().sum().backward()
+    assert y.dtype == routing.logits.dtype == torch.bfloat16
+    assert all(p.grad is not None and p.grad.dtype == wide for p in layer.parameters())
+    testing.assert_same(y, layer.to(torch.bfloat16)(x.bfloat16()))
+
+
+def test_layer_router_stays_wide_under_autocast(device):
+    layer = make(device=device, router_dtype=torch.float32)
+    x = testing.make_x(20, 16, device)
+    with torch.autocast(device, torch.bfloat16):
+        _, routing = layer(x.bfloat16(), return_routing=True)
+    assert_accurate(routing.logits, x.bfloat16().double() @ layer.gate.weight.double().T)
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["apart", "stacked"])
+def test_layer_compiles_to_one_graph(stacked, device):
+    torch._dynamo.reset()
+    layer = make(device=device, stacked_factors=stacked, expert_bias=True)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for tokens in (6, 40, 1, 17, 64):
+        x = testing.make_x(tokens, 16, device).requires_grad_()
+        y, eager = compiled(x), layer(x)
+        testing.assert_same(y, eager)
+        dy = torch.randn_like(y)
+        pairs = [torch.autograd.grad(out, (x, layer.gate.weight), dy) for out in (y, eager)]
+        for mine, other in zip(*pairs, strict=True):
+            assert_accurate(mine, other.double(), other)
+    assert counter.frame_count <= 3, "more than two recompiles"
