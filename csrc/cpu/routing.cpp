@@ -38,11 +38,13 @@ std::vector<Acc> expert_bias(const OptionalTensor& bias, int64_t E) {
     return out;
 }
 
-// One token's softmax over its allowed experts, in two steps: biased logits, then exponentials.
+// One token's softmax over its allowed experts, in two steps: biased logits, then exponentials. The
+// latter in double: these are few numbers, and the float expf and division are off by several
+// roundings.
 template <class Acc>
 struct Softmax {
     std::vector<Acc> v;        // biased logits
-    std::vector<double> p;     // probabilities, 0 where excluded; few, so in double
+    std::vector<double> p;     // probabilities, 0 where excluded
     std::vector<int32_t> ids;  // the allowed experts, ascending
     Acc largest;
 
@@ -63,11 +65,15 @@ struct Softmax {
         }
         return !is_nan && std::isfinite(largest);
     }
-    void normalize() {
-        p.assign(v.size(), 0.0);
+    // p over the experts [first, last) of ids.
+    template <class Iterator>
+    void normalize(Iterator first, Iterator last) {
+        p.assign(v.size(), 0);
         double sum = 0;
-        for (const int32_t e : ids) sum += p[e] = std::exp(double(v[e]) - largest);
-        for (const int32_t e : ids) p[e] /= sum;
+        for (Iterator e = first; e != last; ++e) {
+            sum += p[*e] = std::exp(double(v[*e]) - double(largest));
+        }
+        for (Iterator e = first; e != last; ++e) p[*e] /= sum;
     }
 };
 
@@ -89,19 +95,17 @@ std::tuple<Tensor, Tensor> topk_route(Tensor logits_TE, OptionalTensor bias, Opt
         const auto route = [&](Softmax<Acc>& token, int64_t t) {
             std::fill_n(indices + t * K, K, E);
             if (!token.load(logits + t * E, bias_E, allowed, t)) return;
-            token.normalize();
             const auto& v = token.v;
             const auto before = [&](int32_t a, int32_t b) {
                 return v[a] > v[b] || (v[a] == v[b] && a < b);
             };
             const int64_t chosen = std::min<int64_t>(K, token.ids.size());
-            std::partial_sort(token.ids.begin(), token.ids.begin() + chosen, token.ids.end(),
-                              before);
-            double total = norm_topk_prob ? 0.0 : 1.0;
-            for (int64_t k = 0; k < chosen && norm_topk_prob; ++k) total += token.p[token.ids[k]];
+            const auto first = token.ids.begin(), last = first + chosen;
+            std::partial_sort(first, last, token.ids.end(), before);
+            token.normalize(first, norm_topk_prob ? last : token.ids.end());
             for (int64_t k = 0; k < chosen; ++k) {
                 indices[t * K + k] = token.ids[k];
-                weights[t * K + k] = static_cast<Acc>(token.p[token.ids[k]] / total);
+                weights[t * K + k] = static_cast<Acc>(token.p[token.ids[k]]);
             }
         };
         const int64_t grain = std::max<int64_t>(1, 4096 / E);

@@ -33,12 +33,12 @@ struct Inputs {
 
 __device__ __noinline__ double exp_call(double x) { return exp(x); }
 
-// exp; with many entries a lane a call in double, which inlined 32 times is slow to compile.
+// exp(v - largest) in double: these are few numbers, and expf and float division are off by several
+// roundings. With many entries a lane it is a call, because inlined 32 times it compiles slowly.
 template <int PerLane, class A>
-__device__ __forceinline__ A exp_of(A x) {
-    if constexpr (std::is_same_v<A, float>) {
-        return expf(x);
-    } else if constexpr (PerLane <= 4) {
+__device__ __forceinline__ double exp_from(A v, A largest) {
+    const double x = double(v) - double(largest);
+    if constexpr (PerLane <= 4) {
         return exp(x);
     } else {
         return exp_call(x);
@@ -119,26 +119,13 @@ struct Token {
     }
 
     // Sum of exp(v - largest) over the entries of `entries`, in all lanes of the group.
-    __device__ __forceinline__ A sum_exp(unsigned entries) const {
-        A sum = 0;
+    __device__ __forceinline__ double sum_exp(unsigned entries) const {
+        double sum = 0;
 #pragma unroll
         for (int j = 0; j < PerLane; ++j) {
-            if (entries >> j & 1) sum += exp_of<PerLane>(v[j] - largest);
+            if (entries >> j & 1) sum += exp_from<PerLane>(v[j], largest);
         }
         return group_sum<Lanes>(sum);
-    }
-
-    // Turns v into the softmax over `entries`, 0 elsewhere.
-    __device__ __forceinline__ void normalize(unsigned entries) {
-        A sum = 0;
-#pragma unroll
-        for (int j = 0; j < PerLane; ++j) {
-            v[j] = entries >> j & 1 ? exp_of<PerLane>(v[j] - largest) : A(0);
-            sum += v[j];
-        }
-        sum = group_sum<Lanes>(sum);
-#pragma unroll
-        for (int j = 0; j < PerLane; ++j) v[j] = sum > 0 ? v[j] / sum : A(0);
     }
 };
 
@@ -150,10 +137,8 @@ __global__ void __launch_bounds__(kThreads)
     // Shuffles need every lane of the warp: groups past the end repeat the last token, unwritten.
     const bool exists = group < in.num_tokens;
     const int64_t t = exists ? group : in.num_tokens - 1;
-    Token<A, Lanes, PerLane> token(in, t, lane);
-    const A sum = token.sum_exp(token.allowed);
+    const Token<A, Lanes, PerLane> token(in, t, lane);
     unsigned open = token.usable ? token.allowed : 0;
-    A total = 0;
     weights += t * in.top_k;
     indices += t * in.top_k;
     for (int k = 0; k < in.top_k; ++k) {
@@ -176,16 +161,18 @@ __global__ void __launch_bounds__(kThreads)
         }
         const bool found = best_e != INT32_MAX;
         if (found && best_e % Lanes == lane) open &= ~(1u << best_e / Lanes);
-        const A p = found ? exp_of<PerLane>(best - token.largest) / sum : A(0);
-        total += p;
-        // Lane k % Lanes keeps slot k: it alone reads it again below.
+        // Lane k % Lanes keeps slot k, for now with its logit: it alone reads it again below.
         if (exists && k % Lanes == lane) {
-            weights[k] = p;
+            weights[k] = best;
             indices[k] = found ? best_e : in.num_experts;
         }
     }
-    if (in.norm_topk_prob && exists && total > 0) {
-        for (int k = lane; k < in.top_k; k += Lanes) weights[k] /= total;
+    const unsigned chosen = token.allowed & ~open;
+    const double sum = token.sum_exp(in.norm_topk_prob ? chosen : token.allowed);
+    if (!exists) return;
+    for (int k = lane; k < in.top_k; k += Lanes) {
+        const bool found = indices[k] < in.num_experts;
+        weights[k] = found ? A(exp_from<PerLane>(weights[k], token.largest) / sum) : A(0);
     }
 }
 
@@ -198,7 +185,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t group = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / Lanes;
     const bool exists = group < in.num_tokens;
     const int64_t t = exists ? group : in.num_tokens - 1;
-    Token<A, Lanes, PerLane> token(in, t, lane);
+    const Token<A, Lanes, PerLane> token(in, t, lane);
     A d[PerLane] = {};
     unsigned chosen = 0;
     for (int k = 0; k < in.top_k; ++k) {
@@ -212,16 +199,27 @@ __global__ void __launch_bounds__(kThreads)
         }
     }
     const unsigned entries = in.norm_topk_prob ? chosen & token.allowed : token.allowed;
-    token.normalize(token.usable ? entries : 0);
-    A mean = 0;
+    double p[PerLane], sum = 0;
 #pragma unroll
-    for (int j = 0; j < PerLane; ++j) mean += token.v[j] * d[j];
+    for (int j = 0; j < PerLane; ++j) {
+        const bool has = token.usable && (entries >> j & 1);
+        p[j] = has ? exp_from<PerLane>(token.v[j], token.largest) : 0;
+        sum += p[j];
+    }
+    sum = group_sum<Lanes>(sum);
+    const double scale = sum > 0 ? 1 / sum : 0;
+    double mean = 0;
+#pragma unroll
+    for (int j = 0; j < PerLane; ++j) {
+        p[j] *= scale;
+        mean += p[j] * d[j];
+    }
     mean = group_sum<Lanes>(mean);
     if (!exists) return;
 #pragma unroll
     for (int j = 0; j < PerLane; ++j) {
         const int e = lane + j * Lanes;
-        if (e < in.num_experts) dlogits[t * in.num_experts + e] = token.v[j] * (d[j] - mean);
+        if (e < in.num_experts) dlogits[t * in.num_experts + e] = A(p[j] * (d[j] - mean));
     }
 }
 
@@ -255,19 +253,13 @@ template <int Value>
 struct Int {};
 template <class F>
 void for_kernel(const Inputs& in, F&& f) {
-    const auto with = [&](auto acc) {
-        if (in.num_experts <= 8) {
-            f(acc, Int<8>{}, Int<1>{});
-        } else if (in.num_experts <= 128) {
-            f(acc, Int<32>{}, Int<4>{});
-        } else {
-            f(acc, Int<32>{}, Int<32>{});
-        }
-    };
-    if (in.logits_dtype == ScalarType::Double) {
-        with(double{});
+    const bool is_double = in.logits_dtype == ScalarType::Double;
+    if (in.num_experts <= 8 && !is_double) {
+        f(float{}, Int<8>{}, Int<1>{});
+    } else if (in.num_experts <= 128) {
+        is_double ? f(double{}, Int<32>{}, Int<4>{}) : f(float{}, Int<32>{}, Int<4>{});
     } else {
-        with(float{});
+        is_double ? f(double{}, Int<32>{}, Int<32>{}) : f(float{}, Int<32>{}, Int<32>{});
     }
 }
 
