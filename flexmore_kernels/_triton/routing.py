@@ -148,12 +148,12 @@ def _route_backward(
 def _tokens_per_program(E: int) -> tuple[int, int]:
     """(tokens, warps) of a routing program: about 1024 logits, few warps to a long row."""
     pad = tiles.padded(E)
-    return max(1, min(64, 1024 // pad)), max(1, pad // 256) if pad >= 128 else 4
+    return max(1, min(64, 1024 // pad)), pad // 128 if pad >= 128 else 4
 
 
 def _linear_tile(T: int, E: int, itemsize: int, shared: int) -> dict[str, int]:
     """Tile of the fused router: few tokens a program until the machine is full, then wide reads."""
-    block_t = 16 if T <= 2048 else 32 if T <= 8192 else 64
+    block_t = 16 if T <= 2048 else 32 if T <= 8192 or E > 32 else 64
     block_d = (512 if block_t == 16 else 256) // itemsize
     stage = (block_t + tiles.padded(E, 16)) * block_d * itemsize
     stages = tiles.fitting_stages(stage, 4, shared, fixed_bytes=8192)
