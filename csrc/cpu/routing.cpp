@@ -145,7 +145,7 @@ Tensor topk_route_backward(Tensor dweights_TK, Tensor logits_TE, OptionalTensor 
                 d[e] = dweights[t * K + k];
                 if (norm_topk_prob) token.ids.push_back(static_cast<int32_t>(e));
             }
-            token.normalize();
+            token.normalize(token.ids.begin(), token.ids.end());
             double mean = 0;
             for (const int32_t e : token.ids) mean += token.p[e] * d[e];
             for (const int32_t e : token.ids) d[e] = static_cast<Acc>(token.p[e] * (d[e] - mean));
