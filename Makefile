@@ -7,7 +7,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 .PHONY: demo test test-gpu bench lint build clean
 
 demo: build
-	$(RUN) -m flexmore_kernels.cli demo
+	.venv/bin/flexmore demo $(ARGS)
 
 test: build
 	$(RUN) -m pytest
