@@ -187,3 +187,8 @@ def test_readme_lists_the_public_ops():
 
 def test_package_is_typed():
     assert (PACKAGE / "py.typed").exists()
+
+
+def test_readme_example_runs():
+    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+    exec(compile(example, "README.md", "exec"), {})
