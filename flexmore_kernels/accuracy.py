@@ -118,16 +118,17 @@ def assert_accurate_draws(
     """The accuracy rule for results of few numbers: err(reference) is taken over more draws.
 
     A handful of independent roundings may be small by luck in one draw, in the reference as in
-    ours. So `outs` are the first of the draws that `refs64` and `sames` hold, all inputs drawn
+    ours. So `outs` are the last of the draws that `refs64` and `sames` hold, all inputs drawn
     alike: the largest error of `outs` against the largest of all `sames`, and the same with the
     root mean square.
     """
 
     def errors(results: Sequence[Tensor]) -> Tensor:
-        pairs = zip(results, refs64, strict=False)
+        pairs = zip(results, refs64[-len(results) :], strict=True)
         return torch.stack([(r.detach().cpu().double() - t.detach().cpu()).abs() for r, t in pairs])
 
-    for out, ref64 in zip(outs, refs64, strict=False):
+    refs_of_outs = refs64[-len(outs) :]
+    for out, ref64 in zip(outs, refs_of_outs, strict=True):
         assert out.shape == ref64.shape and out.dtype == sames[0].dtype, f"{name}: {out.dtype}"
     if outs[0].numel() == 0:
         return
@@ -152,7 +153,7 @@ def assert_accurate_draws(
             raise AssertionError(
                 f"{name or 'result'}: {norm} error {got:.3e}, allowed {allowed:.3e}; worst at draw "
                 f"{at[0]}, {at[1:]}: {outs[at[0]][at[1:]].item():.9g}, expected "
-                f"{refs64[at[0]][at[1:]].item():.9g}"
+                f"{refs_of_outs[at[0]][at[1:]].item():.9g}"
             )
 
 

@@ -54,16 +54,16 @@ def by_role(inputs, results):
 def check(draw, ours=ops.experts, ref=reference.experts, roles=by_role):
     """The accuracy rule for the output and every gradient."""
     results = {"ours": [], "truth": [], "same": []}
-    for index in range(24):
-        inputs = draw()
+    inputs = draw()
+    draws = 2 if inputs[0].dtype == torch.float64 else 24  # float64 has a fixed allowance
+    for index in range(draws):
         dy = torch.randn_like(inputs[0])
-        if index == 1 and inputs[0].dtype == torch.float64:
-            break
-        if index < 2:
+        if index >= draws - 2:
             results["ours"].append(roles(inputs, run(ours, inputs, dy)))
         wide = testing.to_float64(inputs)
         results["truth"].append(roles(inputs, run(ref, wide, dy.double())))
         results["same"].append(roles(inputs, run(ref, inputs, dy)))
+        inputs = draw()
     for role in results["ours"][0]:
         columns = [[result[role] for result in column] for column in results.values()]
         testing.assert_accurate_draws(*columns, name=role)

@@ -53,7 +53,6 @@ class _Layer:
             _Packed(*side.pack(RANK_MULTIPLE), side.padded_ranks(RANK_MULTIPLE)) for side in sides
         ]
         self.lowrank = backend.kernels("lowrank", x)
-        self.grouped = backend.kernels("grouped_gemm", x)
         self.permutation = backend.kernels("permutation", x)
         self.mix = backend.kernels("gated_mix", x)
 
@@ -79,7 +78,8 @@ class _Layer:
     def full_rows(self, x: Tensor, side: Projection, out: Tensor, transpose: bool = False) -> None:
         """Fill the rows of experts 1.. that are full-size in this projection."""
         if side.has_extra_full:
-            self.grouped.grouped_gemm(x, side.extra_full, self.plan.row_offsets, transpose, out)
+            kernels = backend.kernels("grouped_gemm", x)
+            kernels.grouped_gemm(x, side.extra_full, self.plan.row_offsets, transpose, out)
 
     def permute(self, x: Tensor) -> Tensor:
         return self.permutation.permute(x, self.plan.row_to_slot, self.top_k)
@@ -265,7 +265,8 @@ def _full_grads(layer: _Layer, needs: Projection, dy_rows, x_rows) -> dict[int, 
     wanted = [e for e, need in enumerate(needs.full) if e and need]
     if not wanted:
         return {}
-    grads = layer.grouped.grouped_gemm_dweight(dy_rows, x_rows(), layer.plan.row_offsets, wanted)
+    kernels = backend.kernels("grouped_gemm", dy_rows)
+    grads = kernels.grouped_gemm_dweight(dy_rows, x_rows(), layer.plan.row_offsets, wanted)
     return dict(zip(wanted, grads, strict=True))
 
 

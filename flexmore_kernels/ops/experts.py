@@ -114,9 +114,7 @@ def _projection(name: str, given: Weights, x: Tensor, down: bool) -> Projection:
     return Projection(tuple(full), tuple(factors), tuple(layout), False)
 
 
-def _check_projection(
-    name: str, side: Projection, num_experts: int, width: int, x: Tensor
-) -> None:
+def _check_projection(name: str, side: Projection, num_experts: int, width: int, x: Tensor) -> None:
     hidden = x.shape[1]
     outer, inner = (hidden, width) if name == "down" else (width, hidden)
     if len(side.full) != num_experts:
