@@ -65,7 +65,7 @@ def build_info() -> dict[str, object]:
     }
     try:
         host = importlib.import_module(f"{__package__}._host")
-    except ImportError:
+    except (ImportError, OSError):
         return info
     return info | host.build_info()
 

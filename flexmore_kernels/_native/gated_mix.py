@@ -24,10 +24,7 @@ def gated_mix(
     b_up: Tensor,
     ranks_up: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """(mixed_TF, rows_NF): the weighted sum of each token's rows, and the rows.
-
-    float32 and float64 only keep the pre-activations unrounded; the 16-bit dtypes are widened first.
-    """
+    """(mixed_TF, rows_NF): the weighted sum of each token's rows, and the rows."""
     acc, dtype = weights_TK.dtype, gate_TF.dtype
     # The pre-activations stay in acc: rounding them to 16 bits would be a second rounding.
     gate_NF = _expand(z_gate, b_gate, plan, ranks_gate, gate_TF, acc)

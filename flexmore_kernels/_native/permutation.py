@@ -1,4 +1,4 @@
-"""Permutation in the compiled library. CPU: csrc/cpu/permutation.cpp, CUDA: csrc/cuda/permutation.cu."""
+"""Permutation in the compiled library: csrc/cpu/permutation.cpp and csrc/cuda/permutation.cu."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Routing and the plan in the compiled library. CPU: csrc/cpu/routing.cpp, CUDA: csrc/cuda/routing.cu."""
+"""Routing and the plan in the compiled library: csrc/cpu/routing.cpp and csrc/cuda/routing.cu."""
 
 from __future__ import annotations
 
