@@ -20,7 +20,7 @@ bench: build
 	$(RUN) -m benchmarks.bench_experts --quick
 
 lint: build
-	$(RUN) -m pip install -q ruff clang-format
+	$(RUN) -m pip install -q ruff==0.17.6 clang-format==23.1.5
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | \
