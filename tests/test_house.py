@@ -185,8 +185,11 @@ def test_readme_lists_the_public_ops():
     assert sorted(listed) == sorted(functions)
 
 
-def test_package_is_typed():
+def test_package_is_whole():
+    """A folder without __init__.py works in the source tree and is missing in the wheel."""
     assert (PACKAGE / "py.typed").exists()
+    folders = {path.parent for path in PACKAGE.rglob("*.py")}
+    assert [str(f) for f in folders if not (f / "__init__.py").exists()] == []
 
 
 def test_readme_example_runs():

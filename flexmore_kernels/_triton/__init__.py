@@ -1,0 +1,1 @@
+"""Triton kernels, one module a stem: for GPUs, and for CPU tensors in Triton's interpreter."""
