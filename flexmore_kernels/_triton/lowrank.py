@@ -209,10 +209,9 @@ def shrink(
     if size == 0:
         return z
     N, width = row_to_slot.shape[0] if gather else x.shape[0], x.shape[1]
-    common = _launch(x, ranks)
-    E, top_rank = len(ranks), max(ranks)
+    common, E = _launch(x, ranks), len(ranks)
     m, r, k, warps = tiles.blocks(
-        x.dtype, tiles.row_block(N, E, 128), min(128, tiles.padded(top_rank, 16)), 64
+        x.dtype, tiles.row_block(N, E, 128), min(128, tiles.padded(max(ranks), 16)), 64
     )
     rank_tiles = [triton.cdiv(rank, r) for rank in ranks]
     by_rows = tiles.max_tiles(N, E, m) * max(rank_tiles)
@@ -280,11 +279,12 @@ def factor_grad(
     """(R, I): rows of expert e are sum over its rows n of z_n (r_e) outer x_row."""
     width, E, R = x.shape[1], len(ranks), sum(ranks)
     out = x.new_empty(R, width)
-    if out.numel() == 0 or row_to_slot.shape[0] == 0:
+    N = row_to_slot.shape[0] if gather else x.shape[0]
+    if out.numel() == 0 or N == 0:
         return out.zero_()
     r, i, k, warps = tiles.blocks(x.dtype, min(64, tiles.padded(max(ranks), 16)), 128, 64)
     rank_tiles, i_tiles = sum(triton.cdiv(rank, r) for rank in ranks), triton.cdiv(width, i)
-    splits = tiles.splits(rank_tiles * i_tiles, triton.cdiv(row_to_slot.shape[0], E), k)
+    splits = tiles.splits(rank_tiles * i_tiles, triton.cdiv(N, E), k)
     planes = out
     if splits > 1:
         planes = x.new_empty(splits, R, width, dtype=tiles.torch_accumulator(x.dtype))
