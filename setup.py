@@ -144,6 +144,21 @@ def git_commit() -> str:
     return run.stdout.strip()
 
 
+def reusable(build: Path, ninja: str | None) -> bool:
+    """Whether the tools that a build folder was configured with are still these.
+
+    Those of a temporary build environment of pip are gone; recompiling all is the way out.
+    """
+    try:
+        cache = (build / "CMakeCache.txt").read_text()
+    except OSError:
+        return False
+    cmake = re.search(r"^CMAKE_COMMAND:\w+=(.*)$", cache, re.MULTILINE)
+    program = re.search(r"^CMAKE_MAKE_PROGRAM:\w+=(.*)$", cache, re.MULTILINE)
+    tools = [match[1] if match else "" for match in (cmake, program)]
+    return all(map(os.path.exists, tools)) and (ninja is None or tools[1] == ninja)
+
+
 class CMakeBuild(build_ext):
     """One CMake run builds every extension."""
 
@@ -175,11 +190,12 @@ class CMakeBuild(build_ext):
             options["CMAKE_MAKE_PROGRAM"] = ninja
         say(f"building for torch {version}, CUDA kernels {'with ' + nvcc if with_cuda else 'off'}")
         cmake = find_program("cmake")
-        # A build folder of another build environment names tools that are gone: configure afresh.
-        shutil.rmtree(build, ignore_errors=True)
+        if not reusable(build, ninja):
+            shutil.rmtree(build, ignore_errors=True)
         configure = [cmake, "-S", str(ROOT), "-B", str(build)]
         configure += ["-G", "Ninja"] if ninja else []
-        configure += [f"-D{name}={value}" for name, value in options.items() if value != ""]
+        for name, value in options.items():
+            configure.append(f"-U{name}" if value == "" else f"-D{name}={value}")
         try:
             subprocess.run(configure, check=True)
             subprocess.run([cmake, "--build", str(build), "--parallel", str(jobs)], check=True)

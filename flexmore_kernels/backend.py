@@ -45,7 +45,7 @@ def available(stem: str, device: torch.device | str) -> tuple[str, ...]:
     kind = torch.device(device).type
     names = []
     if stem in native.STEMS.get(kind, ()) and (
-        native.cuda_built() if kind == "cuda" else native.available()
+        native.cuda_runs_on() if kind == "cuda" else native.available()
     ):
         names.append("native")
     if kind == "cuda" and _triton_installed():

@@ -36,14 +36,24 @@ def available() -> bool:
 
 @functools.cache
 def cuda_built() -> bool:
-    """Whether the library holds CUDA kernels that this torch can use."""
+    """Whether the library holds CUDA kernels, and this torch is a CUDA build."""
     return available() and torch.version.cuda is not None and _ops().cuda_archs() != ""
 
 
 @functools.cache
-def cuda_runs_on(device: int) -> bool:
-    """Whether the library's CUDA kernels have code for this device that its driver can load."""
-    return cuda_built() and _ops().cuda_runs_on(device)
+def _cuda_runs_on(index: int) -> bool:
+    return _ops().cuda_runs_on(index)
+
+
+def cuda_runs_on(device: int | None = None) -> bool:
+    """Whether this CUDA device (default: the current one) and its driver can run those kernels.
+
+    False where there is no device, where the library has no code for its architecture, and where
+    the driver is older than the CUDA that the library was built with. Makes a CUDA context.
+    """
+    if not cuda_built() or not torch.cuda.is_available():
+        return False
+    return _cuda_runs_on(torch.cuda.current_device() if device is None else device)
 
 
 def vector_width() -> str:

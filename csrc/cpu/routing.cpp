@@ -169,8 +169,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> make_plan(Tensor indices_TK, 
     Tensor slot_to_row_TK = empty(indices_TK, {T, K}, ScalarType::Int);
     Tensor row_offsets_E1 = zeros(indices_TK, {E + 1}, ScalarType::Int);
     Tensor token_order_T = empty(indices_TK, {by_set ? T : 0}, ScalarType::Int);
-    Tensor expert_to_row_TE =
-        empty(indices_TK, {by_set ? T : 0, by_set ? E : 0}, ScalarType::Int);
+    Tensor expert_to_row_TE = empty(indices_TK, {by_set ? T : 0, by_set ? E : 0}, ScalarType::Int);
     const int64_t* indices = data<int64_t>(indices_TK);
     int32_t* row_to_slot = mutable_data<int32_t>(row_to_slot_N);
     int32_t* slot_to_row = mutable_data<int32_t>(slot_to_row_TK);

@@ -12,51 +12,52 @@
 namespace flexmore::rows {
 
 struct BFloat16 {
-  uint16_t bits;
+    uint16_t bits;
 };
 struct Half {
-  uint16_t bits;
+    uint16_t bits;
 };
 
 // The accumulator of an element type: double for double, float for the rest.
 template <class T>
 struct AccOf {
-  using type = float;
+    using type = float;
 };
 template <>
 struct AccOf<double> {
-  using type = double;
+    using type = double;
 };
 
 // Row indices may be -1 (an empty slot); such an entry is skipped. Rows are contiguous, row n
 // starting at n * width. Inputs and outputs never alias unless said.
 template <class T>
 struct Kernels {
-  using Acc = typename AccOf<T>::type;
+    using Acc = typename AccOf<T>::type;
 
-  // out = base + sum over k of weights[k] * x[rows[k]]; weights null: ones; base null: zeros.
-  // base holds accumulators (base_is_acc) or elements.
-  void (*weighted_sum)(const T* x, const int32_t* rows, const Acc* weights, int64_t count,
-                       int64_t width, const void* base, bool base_is_acc, T* out);
-  // dx = weight * dy; returns <x, dy>.
-  Acc (*scale_and_dot)(const T* dy, const T* x, Acc weight, int64_t width, T* dx);
-  // h[row] = silu(gate[row]) * up[row] for each of the token's rows; mixed = sum of weights[k] * h.
-  void (*swiglu_mix)(const T* gate, const T* up, const int32_t* rows, const Acc* weights,
-                     int64_t count, int64_t width, T* mixed, T* h);
-  // The same for one row, adding to mixed in place.
-  void (*swiglu_accumulate)(const T* gate, const T* up, Acc weight, int64_t width, Acc* mixed,
-                            T* h);
-  // The adjoint for one row, drow null: zeros; returns <dmixed, h>.
-  Acc (*swiglu_backward)(const T* dmixed, const T* drow, const T* gate, const T* up, Acc weight,
-                         int64_t width, T* dgate, T* dup, T* h);
+    // out = base + sum over k of weights[k] * x[rows[k]]; weights null: ones; base null: zeros.
+    // base holds accumulators (base_is_acc) or elements.
+    void (*weighted_sum)(const T* x, const int32_t* rows, const Acc* weights, int64_t count,
+                         int64_t width, const void* base, bool base_is_acc, T* out);
+    // dx = weight * dy; returns <x, dy>.
+    Acc (*scale_and_dot)(const T* dy, const T* x, Acc weight, int64_t width, T* dx);
+    // h[row] = silu(gate[row]) * up[row] for each of the token's rows; mixed = sum of weights[k] *
+    // h.
+    void (*swiglu_mix)(const T* gate, const T* up, const int32_t* rows, const Acc* weights,
+                       int64_t count, int64_t width, T* mixed, T* h);
+    // The same for one row, adding to mixed in place.
+    void (*swiglu_accumulate)(const T* gate, const T* up, Acc weight, int64_t width, Acc* mixed,
+                              T* h);
+    // The adjoint for one row, drow null: zeros; returns <dmixed, h>.
+    Acc (*swiglu_backward)(const T* dmixed, const T* drow, const T* gate, const T* up, Acc weight,
+                           int64_t width, T* dgate, T* dup, T* h);
 };
 
 struct Table {
-  const char* name;
-  Kernels<float> f32;
-  Kernels<double> f64;
-  Kernels<BFloat16> bf16;
-  Kernels<Half> f16;
+    const char* name;
+    Kernels<float> f32;
+    Kernels<double> f64;
+    Kernels<BFloat16> bf16;
+    Kernels<Half> f16;
 };
 
 extern const Table table_baseline;

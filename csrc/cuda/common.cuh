@@ -14,12 +14,10 @@
 
 #include "../common.h"
 
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(
-    int32_t device_index, void** ret_stream);
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace flexmore::cuda {
-
-using torch::stable::accelerator::DeviceGuard;
 
 constexpr unsigned kFullWarp = 0xFFFFFFFFu;
 
@@ -28,7 +26,20 @@ inline void check_cuda(cudaError_t error, const char* what) {
 }
 inline void check_launch(const char* kernel) { check_cuda(cudaGetLastError(), kernel); }
 
-// torch's current stream of the tensor's device. Call under a DeviceGuard of that device.
+// Makes the tensor's device current while it lives. The statically linked CUDA runtime is told
+// besides torch's: it takes over the thread's context, but may meet a thread that has none yet.
+class OnDevice {
+  public:
+    explicit OnDevice(const Tensor& t) : OnDevice(t.get_device_index()) {}
+    explicit OnDevice(int32_t index) : guard_(index) {
+        check_cuda(cudaSetDevice(index), "cudaSetDevice");
+    }
+
+  private:
+    torch::stable::accelerator::DeviceGuard guard_;
+};
+
+// torch's current stream of the tensor's device. Call under OnDevice.
 inline cudaStream_t current_stream(const Tensor& t) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
                     "this torch has no CUDA: aoti_torch_get_current_cuda_stream is missing");
@@ -40,9 +51,9 @@ inline cudaStream_t current_stream(const Tensor& t) {
 
 inline void check_same_device(const Tensor& t, std::initializer_list<const Tensor*> others) {
     for (const Tensor* other : others) {
-        STD_TORCH_CHECK(!other || (other->is_cuda() &&
-                                   other->get_device_index() == t.get_device_index()),
-                        "all tensors must be on the same CUDA device");
+        STD_TORCH_CHECK(
+            !other || (other->is_cuda() && other->get_device_index() == t.get_device_index()),
+            "all tensors must be on the same CUDA device");
     }
 }
 inline const Tensor* pointer(const OptionalTensor& t) { return t ? &*t : nullptr; }

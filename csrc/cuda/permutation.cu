@@ -67,7 +67,7 @@ Tensor permute(Tensor x_TD, Tensor row_to_slot_N, int64_t top_k) {
     check_permute(x_TD, row_to_slot_N, top_k);
     check_same_device(x_TD, {&row_to_slot_N});
     check_int32_range(top_k, "top_k");
-    const DeviceGuard guard(x_TD.get_device_index());
+    const OnDevice guard(x_TD);
     const int64_t N = row_to_slot_N.size(0), D = x_TD.size(1);
     Tensor x_ND = empty(x_TD, {N, D}, x_TD.scalar_type());
     if (N == 0 || D == 0) return x_ND;
@@ -155,7 +155,7 @@ Tensor unpermute(Tensor x_ND, Tensor slot_to_row_TK, OptionalTensor weights_TK,
                  OptionalTensor base_TD) {
     check_unpermute(x_ND, slot_to_row_TK, weights_TK, base_TD);
     check_same_device(x_ND, {&slot_to_row_TK, pointer(weights_TK), pointer(base_TD)});
-    const DeviceGuard guard(x_ND.get_device_index());
+    const OnDevice guard(x_ND);
     const int64_t T = slot_to_row_TK.size(0), D = x_ND.size(1);
     const ScalarType dtype = x_ND.scalar_type();
     Tensor y_TD = empty(x_ND, {T, D}, dtype);
@@ -230,7 +230,7 @@ std::tuple<Tensor, Tensor> unpermute_backward(Tensor dy_TD, Tensor x_ND, Tensor 
                                               Tensor weights_TK) {
     check_unpermute_backward(dy_TD, x_ND, row_to_slot_N, weights_TK);
     check_same_device(x_ND, {&dy_TD, &row_to_slot_N, &weights_TK});
-    const DeviceGuard guard(x_ND.get_device_index());
+    const OnDevice guard(x_ND);
     const int64_t N = x_ND.size(0), D = x_ND.size(1), T = weights_TK.size(0);
     const int64_t K = weights_TK.size(1);
     const ScalarType dtype = x_ND.scalar_type();

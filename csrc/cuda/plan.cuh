@@ -155,8 +155,10 @@ __global__ void plan_write_kernel(Plan p) {
     extern __shared__ int32_t counts[];  // (warps, keys), then (keys + 1) starts
     const int warps = blockDim.x / 32;
     const int64_t begin = int64_t(blockIdx.x) * p.chunk_tokens;
-    const int64_t end = begin + p.chunk_tokens < p.num_tokens ? begin + p.chunk_tokens : p.num_tokens;
-    int32_t* starts = counts + warps * (p.num_experts > p.num_sets() ? p.num_experts : p.num_sets());
+    const int64_t end =
+        begin + p.chunk_tokens < p.num_tokens ? begin + p.chunk_tokens : p.num_tokens;
+    int32_t* starts =
+        counts + warps * (p.num_experts > p.num_sets() ? p.num_experts : p.num_sets());
 
     const auto expert = [&](int64_t slot) { return p.expert(slot); };
     const int64_t begin_slot = begin * p.top_k, end_slot = end * p.top_k;
@@ -168,7 +170,9 @@ __global__ void plan_write_kernel(Plan p) {
     const int32_t num_routed = OneBlock ? starts[p.num_experts] : p.row_offsets[p.num_experts];
     rank_keys(
         begin_slot, end_slot, p.num_experts, counts, expert,
-        [&](int e) { return OneBlock ? starts[e] : p.expert_counts[e * p.num_chunks + blockIdx.x]; },
+        [&](int e) {
+            return OneBlock ? starts[e] : p.expert_counts[e * p.num_chunks + blockIdx.x];
+        },
         [&](int64_t slot, int, int32_t row) {
             p.slot_to_row[slot] = row;
             if (row >= 0) p.row_to_slot[row] = int32_t(slot);
@@ -194,7 +198,8 @@ __global__ void plan_count_kernel(Plan p) {
     extern __shared__ int32_t counts[];
     const int warps = blockDim.x / 32;
     const int64_t begin = int64_t(blockIdx.x) * p.chunk_tokens;
-    const int64_t end = begin + p.chunk_tokens < p.num_tokens ? begin + p.chunk_tokens : p.num_tokens;
+    const int64_t end =
+        begin + p.chunk_tokens < p.num_tokens ? begin + p.chunk_tokens : p.num_tokens;
     const auto store = [&](int num_keys, int32_t* out) {
         for (int k = threadIdx.x; k < num_keys; k += blockDim.x) {
             int32_t sum = 0;
@@ -256,7 +261,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> make_plan(Tensor indices_TK, 
     check_make_plan(indices_TK, num_experts, by_set);
     const int64_t T = indices_TK.size(0), K = indices_TK.size(1), N = T * K, E = num_experts;
     STD_TORCH_CHECK(E <= kMaxKeys, "at most ", kMaxKeys, " experts, got ", E);
-    const DeviceGuard guard(indices_TK.get_device_index());
+    const OnDevice guard(indices_TK);
     const cudaStream_t stream = current_stream(indices_TK);
     const auto ints = [&](std::initializer_list<int64_t> sizes) {
         return empty(indices_TK, sizes, ScalarType::Int);

@@ -31,20 +31,6 @@ struct Inputs {
     bool norm_topk_prob;
 };
 
-__device__ __noinline__ double exp_call(double x) { return exp(x); }
-
-// exp(v - largest) in double: these are few numbers, and expf and float division are off by several
-// roundings. With many entries a lane it is a call, because inlined 32 times it compiles slowly.
-template <int PerLane, class A>
-__device__ __forceinline__ double exp_from(A v, A largest) {
-    const double x = double(v) - double(largest);
-    if constexpr (PerLane <= 4) {
-        return exp(x);
-    } else {
-        return exp_call(x);
-    }
-}
-
 // f(element of dtype T at p) for the T that `dtype` names: all threads take the same branch.
 template <class F>
 __device__ __forceinline__ void with_dtype(const void* p, ScalarType dtype, const F& f) {
@@ -63,7 +49,8 @@ __device__ __forceinline__ void with_dtype(const void* p, ScalarType dtype, cons
 template <int Lanes, class A>
 __device__ __forceinline__ A group_sum(A x) {
 #pragma unroll
-    for (int offset = Lanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(kFullWarp, x, offset);
+    for (int offset = Lanes / 2; offset > 0; offset /= 2)
+        x += __shfl_xor_sync(kFullWarp, x, offset);
     return x;
 }
 
@@ -118,13 +105,33 @@ struct Token {
         usable = !is_nan && largest > -A(INFINITY) && largest < A(INFINITY);
     }
 
-    // Sum of exp(v - largest) over the entries of `entries`, in all lanes of the group.
-    __device__ __forceinline__ double sum_exp(unsigned entries) const {
-        double sum = 0;
+    // p = exp(v - largest) over the entries of `entries`, 0 elsewhere; returns their sum over the
+    // group, in all its lanes. In double: these are few numbers, and expf and float division are
+    // off by several roundings.
+    __device__ __forceinline__ double exponentials(unsigned entries, double (&p)[PerLane]) const {
 #pragma unroll
         for (int j = 0; j < PerLane; ++j) {
-            if (entries >> j & 1) sum += exp_from<PerLane>(v[j], largest);
+            p[j] = entries >> j & 1 ? double(v[j]) - double(largest) : -double(INFINITY);
         }
+        if constexpr (PerLane <= 4) {
+#pragma unroll
+            for (int j = 0; j < PerLane; ++j) p[j] = exp(p[j]);
+        } else {
+            // Through shared memory (each thread its own words), so that a loop that is not
+            // unrolled can index them: unrolled, 32 copies of exp are slow to compile.
+            __shared__ double stage[PerLane * kThreads];
+#pragma unroll
+            for (int j = 0; j < PerLane; ++j) stage[j * kThreads + threadIdx.x] = p[j];
+#pragma unroll 1
+            for (int j = 0; j < PerLane; ++j) {
+                stage[j * kThreads + threadIdx.x] = exp(stage[j * kThreads + threadIdx.x]);
+            }
+#pragma unroll
+            for (int j = 0; j < PerLane; ++j) p[j] = stage[j * kThreads + threadIdx.x];
+        }
+        double sum = 0;
+#pragma unroll
+        for (int j = 0; j < PerLane; ++j) sum += p[j];
         return group_sum<Lanes>(sum);
     }
 };
@@ -139,8 +146,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t t = exists ? group : in.num_tokens - 1;
     const Token<A, Lanes, PerLane> token(in, t, lane);
     unsigned open = token.usable ? token.allowed : 0;
-    weights += t * in.top_k;
-    indices += t * in.top_k;
+    const int64_t slots = t * in.top_k;
     for (int k = 0; k < in.top_k; ++k) {
         // The largest open entry, of equal ones the first: an expert id past all marks "none".
         A best = -A(INFINITY);
@@ -163,16 +169,18 @@ __global__ void __launch_bounds__(kThreads)
         if (found && best_e % Lanes == lane) open &= ~(1u << best_e / Lanes);
         // Lane k % Lanes keeps slot k, for now with its logit: it alone reads it again below.
         if (exists && k % Lanes == lane) {
-            weights[k] = best;
-            indices[k] = found ? best_e : in.num_experts;
+            weights[slots + k] = best;
+            indices[slots + k] = found ? best_e : in.num_experts;
         }
     }
     const unsigned chosen = token.allowed & ~open;
-    const double sum = token.sum_exp(in.norm_topk_prob ? chosen : token.allowed);
+    double p[PerLane];
+    const double sum = token.exponentials(in.norm_topk_prob ? chosen : token.allowed, p);
     if (!exists) return;
     for (int k = lane; k < in.top_k; k += Lanes) {
-        const bool found = indices[k] < in.num_experts;
-        weights[k] = found ? A(exp_from<PerLane>(weights[k], token.largest) / sum) : A(0);
+        const bool found = indices[slots + k] < in.num_experts;
+        const A v = found ? weights[slots + k] : token.largest;
+        weights[slots + k] = found ? A(exp(double(v) - double(token.largest)) / sum) : A(0);
     }
 }
 
@@ -199,14 +207,8 @@ __global__ void __launch_bounds__(kThreads)
         }
     }
     const unsigned entries = in.norm_topk_prob ? chosen & token.allowed : token.allowed;
-    double p[PerLane], sum = 0;
-#pragma unroll
-    for (int j = 0; j < PerLane; ++j) {
-        const bool has = token.usable && (entries >> j & 1);
-        p[j] = has ? exp_from<PerLane>(token.v[j], token.largest) : 0;
-        sum += p[j];
-    }
-    sum = group_sum<Lanes>(sum);
+    double p[PerLane];
+    const double sum = token.exponentials(token.usable ? entries : 0, p);
     const double scale = sum > 0 ? 1 / sum : 0;
     double mean = 0;
 #pragma unroll
@@ -267,7 +269,7 @@ std::tuple<Tensor, Tensor> topk_route(Tensor logits_TE, OptionalTensor bias, Opt
                                       int64_t top_k, bool norm_topk_prob) {
     check_topk_route(logits_TE, bias, mask, top_k);
     check_same_device(logits_TE, {pointer(bias), pointer(mask)});
-    const DeviceGuard guard(logits_TE.get_device_index());
+    const OnDevice guard(logits_TE);
     const int64_t T = logits_TE.size(0);
     const ScalarType dtype = logits_TE.scalar_type();
     Tensor weights_TK = empty(logits_TE, {T, top_k}, acc_dtype(dtype));
@@ -290,7 +292,7 @@ Tensor topk_route_backward(Tensor dweights_TK, Tensor logits_TE, OptionalTensor 
     const ScalarType dtype = logits_TE.scalar_type();
     check_topk_route_backward(dweights_TK, logits_TE, bias, mask, indices_TK);
     check_same_device(logits_TE, {&dweights_TK, pointer(bias), pointer(mask), &indices_TK});
-    const DeviceGuard guard(logits_TE.get_device_index());
+    const OnDevice guard(logits_TE);
     Tensor dlogits_TE = empty(logits_TE, {T, E}, acc_dtype(dtype));
     if (T == 0) return dlogits_TE;
     const Inputs in = make_inputs(logits_TE, bias, mask, K, norm_topk_prob);
@@ -309,13 +311,16 @@ Tensor topk_route_backward(Tensor dweights_TK, Tensor logits_TE, OptionalTensor 
 
 namespace flexmore {
 
+// Asked once per process and device; the answer for one kernel is that of all.
 bool cuda_runs_on(int64_t device) {
-    const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
+    const int32_t index = static_cast<int32_t>(device);
+    const torch::stable::accelerator::DeviceGuard guard(index);
     cudaFuncAttributes attributes;
-    const bool loads = cudaFuncGetAttributes(
-                           &attributes, cuda::topk_route_kernel<float, 8, 1>) == cudaSuccess;
-    cudaGetLastError();  // "no kernel image" is the answer, not an error to report later
-    return loads;
+    const bool runs =
+        cudaSetDevice(index) == cudaSuccess &&
+        cudaFuncGetAttributes(&attributes, cuda::topk_route_kernel<float, 8, 1>) == cudaSuccess;
+    cudaGetLastError();  // "no kernel image" or "driver too old" is the answer, not a later error
+    return runs;
 }
 
 }  // namespace flexmore
