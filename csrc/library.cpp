@@ -20,6 +20,7 @@ bool cuda_runs_on(int64_t device);
 namespace {
 
 std::string vector_width() { return rows::table().name; }
+bool use_vector_width(std::string name) { return rows::use(name.c_str()); }
 std::string cuda_archs() { return FM_CUDA_ARCHS; }
 #if !defined(FM_WITH_CUDA)
 bool no_cuda(int64_t) { return false; }
@@ -30,6 +31,7 @@ bool no_cuda(int64_t) { return false; }
 
 STABLE_TORCH_LIBRARY(flexmore_native, m) {
     m.def("vector_width() -> str");
+    m.def("use_vector_width(str name) -> bool");
     m.def("cuda_archs() -> str");
     m.def("cuda_runs_on(int device) -> bool");
 
@@ -62,6 +64,7 @@ STABLE_TORCH_LIBRARY(flexmore_native, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(flexmore_native, CompositeExplicitAutograd, m) {
     m.impl("vector_width", TORCH_BOX(&flexmore::vector_width));
+    m.impl("use_vector_width", TORCH_BOX(&flexmore::use_vector_width));
     m.impl("cuda_archs", TORCH_BOX(&flexmore::cuda_archs));
 #if defined(FM_WITH_CUDA)
     m.impl("cuda_runs_on", TORCH_BOX(&flexmore::cuda_runs_on));

@@ -6,9 +6,11 @@ library is absent or does not fit the running torch; `why_not` keeps the reason.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
+from collections.abc import Iterator
 
 import torch
 
@@ -59,6 +61,21 @@ def cuda_runs_on(device: int | None = None) -> bool:
 def vector_width() -> str:
     """The instruction set that the CPU kernels use here ("avx512", ...); "none" if not loaded."""
     return _ops().vector_width() if available() else "none"
+
+
+@contextlib.contextmanager
+def use_vector_width(name: str) -> Iterator[None]:
+    """Within, the CPU kernels (of all threads) use this instruction set: for tests.
+
+    name: "baseline", "avx2" or "avx512". ValueError if it was not compiled or cannot run here.
+    """
+    before = vector_width()
+    if not available() or not _ops().use_vector_width(name):
+        raise ValueError(f"name: got {name!r}; accepted: what this processor can run")
+    try:
+        yield
+    finally:
+        _ops().use_vector_width(before)
 
 
 def build_info() -> dict[str, object]:

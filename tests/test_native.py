@@ -26,6 +26,13 @@ def test_build_info_names_what_was_built():
         assert bool(info["nvcc"]) == bool(info["cuda_archs"])
 
 
+def test_an_unknown_vector_width_is_refused():
+    before = native.vector_width()
+    with pytest.raises(ValueError, match="name"), native.use_vector_width("mmx"):
+        pass
+    assert native.vector_width() == before
+
+
 def test_cuda_kernels_need_cuda_in_torch_too():
     if torch.version.cuda is None:
         assert not native.cuda_built()

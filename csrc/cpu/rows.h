@@ -64,7 +64,9 @@ extern const Table table_baseline;
 extern const Table table_avx2;
 extern const Table table_avx512;
 
-// The widest compiled Table that this processor can run; the same for the life of the process.
+// The Table in use: the widest one that this processor can run, until use() says otherwise.
 const Table& table();
+// Uses the Table of this name from now on, in all threads; false if it cannot run here.
+bool use(const char* name);
 
 }  // namespace flexmore::rows
