@@ -120,6 +120,8 @@ def why_no_library() -> str | None:
         return "no C++ compiler"
     if find_program("cmake") is None:
         return "no cmake"
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        return "a free-threaded Python, which has no stable ABI"
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         return "no Python.h (install your system's python-dev package)"
     return None
