@@ -6,11 +6,25 @@ picks the raw kernels of the tensor's device (backend.py), so the ops exist on e
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 
 _LIBRARY = torch.library.Library("flexmore", "DEF")
+
+
+def _without_autocast(kernel: Callable, device: str) -> Callable:
+    """The kernel as it is: autocast would recast what the aten calls inside it are given."""
+
+    @functools.wraps(kernel)
+    def run(*args):
+        if not torch.is_autocast_enabled(device):
+            return kernel(*args)
+        with torch.autocast(device, enabled=False):
+            return kernel(*args)
+
+    return run
 
 
 def define(
@@ -24,8 +38,8 @@ def define(
     """Define `flexmore::<schema>` for CPU and CUDA; differentiable when `backward` is given."""
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     name = schema.split("(")[0]
-    for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, kernel, key)
+    for device in ("cpu", "cuda"):
+        _LIBRARY.impl(name, _without_autocast(kernel, device), device.upper())
     torch.library.register_fake(f"flexmore::{name}", fake, lib=_LIBRARY)
     if backward is not None:
         torch.library.register_autograd(
