@@ -24,21 +24,13 @@ from torch import Tensor
 
 from .. import ragged
 from . import lowrank, tiles
-from .tiles import aligned
+from .tiles import aligned, sigmoid
 
 _MOST_FUSED_RANK = 256
 """Above this rank the expansion is bound by its products, and needs larger tiles than the fused."""
 _MOST_TOKENS = 2**20  # a grid's second axis has at most 65535 programs
 _TOGETHER = ((0, 0), (9, 0))  # without wgmma's few registers, two rank loops in turn are better
 _ZERO_TILES = 8  # row tiles of programs that write the zeros of the tail
-_LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _sigmoid(v):
-    """1 / (1 + exp(-v)) by two special-function instructions; a division would be six more."""
-    root = tl.rsqrt(1.0 + tl.exp2(v * -_LOG2_E))
-    return root * root
 
 
 @triton.jit
@@ -132,7 +124,7 @@ def _gated_mix_kernel(
                     u, z_up_ptr + z_row, b_up_ptr + up_column, row_live, column_live,
                     rank_u, stride_bu_r, ACC, PRECISION, BLOCK_R,
                 )  # fmt: skip
-            h = g * _sigmoid(g) * u
+            h = g * sigmoid(g, gate_ptr.dtype.element_ty) * u
             # Selected, not multiplied: Inf or NaN of experts not chosen must not reach the sum.
             mixed = tl.where(row_live, mixed + weight[:, None] * h, mixed)
             out = rows_ptr + row.to(tl.int64)[:, None] * F + column[None, :]
@@ -227,7 +219,7 @@ def _swiglu_mix_kernel(
         if row >= 0:
             g = tl.load(gate_ptr + row * F + column, mask=live, other=0.0).to(ACC)
             u = tl.load(up_ptr + row * F + column, mask=live, other=0.0).to(ACC)
-            h = g * _sigmoid(g) * u
+            h = g * sigmoid(g, gate_ptr.dtype.element_ty) * u
             mixed += tl.load(weights_ptr + token * K + k).to(ACC) * h
             tl.store(rows_ptr + row * F + column, h.to(rows_ptr.dtype.element_ty), mask=live)
     tl.store(mixed_ptr + token * F + column, mixed.to(mixed_ptr.dtype.element_ty), mask=live)
@@ -252,7 +244,7 @@ def _swiglu_mix_backward_kernel(
         g = tl.load(gate_ptr + at, mask=read, other=0.0).to(ACC)
         u = tl.load(up_ptr + at, mask=read, other=0.0).to(ACC)
         dmixed = tl.load(dmixed_ptr + token * F + column, mask=read, other=0.0).to(ACC)
-        s = _sigmoid(g)
+        s = sigmoid(g, gate_ptr.dtype.element_ty)
         silu = g * s
         h = silu * u
         dot += dmixed * h

@@ -20,6 +20,10 @@ SMALLEST_SHARED_MEMORY = 99 * 1024
 ENOUGH_PROGRAMS = 264  # two for each multiprocessor of an H100; with fewer, long sums are split
 MOST_SPLITS = 16
 
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2_HIGH = tl.constexpr(0.693145751953125)  # few bits: n times it is exact in float32
+_LN_2_LOW = tl.constexpr(1.42860682030941723e-6)
+
 
 @triton.jit
 def ragged_tile(pid, offsets_ptr, E: tl.constexpr, E_PAD: tl.constexpr, BLOCK: tl.constexpr):
@@ -73,6 +77,21 @@ def aligned(value, ALIGN: tl.constexpr):
     if ALIGN > 1:
         value = value // ALIGN * ALIGN
     return value
+
+
+@triton.jit
+def sigmoid(v, dtype: tl.constexpr):
+    """1 / (1 + exp(-v)), in error well below one rounding to dtype, the type that is stored."""
+    if dtype == tl.float64:
+        return 1.0 / (1.0 + tl.exp(-v))
+    if dtype != tl.float32:
+        # Two special-function instructions and three others; a division would be six more.
+        root = tl.rsqrt(1.0 + tl.exp2(v * -_LOG2_E))
+        return root * root
+    # exp(-v) = 2^n exp(f) with n whole: a plain exp2(-v log2 e) loses the bits of n.
+    n = tl.floor(v * -_LOG2_E + 0.5)
+    f = tl.where(tl.abs(n) < 150, -v - n * _LN_2_HIGH - n * _LN_2_LOW, 0.0)
+    return tl.div_rn(1.0, 1.0 + tl.exp2(f * _LOG2_E) * tl.exp2(n))
 
 
 @triton.jit

@@ -94,13 +94,13 @@ def _gated_mix_backward(dmixed, drows, gate, up, weights, *rest):
     top_k, num_rows = weights.shape[1], row_to_slot.shape[0]
     lowrank = backend.kernels("lowrank", gate)
     unpermute = backend.kernels("permutation", gate).unpermute
-    sides, rows = (factors[:3], factors[3:]), []
-    for base, (z, b, ranks) in zip((gate, up), sides, strict=True):
-        rows.append(
-            lowrank.expand(
-                z, b, row_offsets, tuple(ranks), num_rows, base, row_to_slot, top_k, gather=True
-            )
-        )
+    (z_gate, *rest_gate), (z_up, *rest_up) = factors[:3], factors[3:]
+    sides = ((z_gate.contiguous(), *rest_gate), (z_up.contiguous(), *rest_up))
+    bases, slots = (gate.contiguous(), up.contiguous()), (row_to_slot, top_k, True)
+    rows = [
+        lowrank.expand(z, b, row_offsets, tuple(ranks), num_rows, base, *slots)
+        for base, (z, b, ranks) in zip(bases, sides, strict=True)
+    ]
     *drow_sides, dweight_rows, _ = backend.kernels(_kernels, gate).swiglu_mix_backward(
         dmixed.contiguous(), drows.contiguous(), *rows, weights.contiguous(), row_to_slot, top_k
     )
