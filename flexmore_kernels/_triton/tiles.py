@@ -83,15 +83,17 @@ def aligned(value, ALIGN: tl.constexpr):
 def sigmoid(v, dtype: tl.constexpr):
     """1 / (1 + exp(-v)), in error well below one rounding to dtype, the type that is stored."""
     if dtype == tl.float64:
-        return 1.0 / (1.0 + tl.exp(-v))
-    if dtype != tl.float32:
+        s = 1.0 / (1.0 + tl.exp(-v))
+    elif dtype == tl.float32:
+        # exp(-v) = 2^n exp(f) with n whole: a plain exp2(-v log2 e) loses the bits of n.
+        n = tl.floor(v * -_LOG2_E + 0.5)
+        f = tl.where(tl.abs(n) < 150, -v - n * _LN_2_HIGH - n * _LN_2_LOW, 0.0)
+        s = tl.div_rn(1.0, 1.0 + tl.exp2(f * _LOG2_E) * tl.exp2(n))
+    else:
         # Two special-function instructions and three others; a division would be six more.
         root = tl.rsqrt(1.0 + tl.exp2(v * -_LOG2_E))
-        return root * root
-    # exp(-v) = 2^n exp(f) with n whole: a plain exp2(-v log2 e) loses the bits of n.
-    n = tl.floor(v * -_LOG2_E + 0.5)
-    f = tl.where(tl.abs(n) < 150, -v - n * _LN_2_HIGH - n * _LN_2_LOW, 0.0)
-    return tl.div_rn(1.0, 1.0 + tl.exp2(f * _LOG2_E) * tl.exp2(n))
+        s = root * root
+    return s
 
 
 @triton.jit
