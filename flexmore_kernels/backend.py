@@ -67,7 +67,7 @@ def _preferred(stem: str, kind: str) -> str:
 
 
 def chosen(stem: str, device: torch.device | str) -> str:
-    """Name of the kernels that `stem` runs on `device`: `use`'s where it can, else the preferred."""
+    """Name of the kernels that `stem` runs on `device`: `use`'s if it can, else the preferred."""
     forced = _forced.get()
     if forced is not None and forced in available(stem, device):
         return forced

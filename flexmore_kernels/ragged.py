@@ -94,7 +94,7 @@ class RoutingPlan(NamedTuple):
 
 
 class StackedFactors(NamedTuple):
-    """One projection of all E experts with the low-rank factors stacked: for layers of many experts.
+    """One projection of all E experts with the low-rank factors stacked, for many experts.
 
     full: E entries, a full-size weight (out, in) or None; entry 0, the base, is required.
     a (R, in) and b (out, R) hold the experts' factors end to end, expert e in rows (columns)

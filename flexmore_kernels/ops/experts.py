@@ -37,14 +37,14 @@ def experts(
 ) -> Tensor:
     """Apply each token's experts and sum them: y_t = sum_k weights[t, k] E_{indices[t, k]}(x_t).
 
-    E_e(x) = Wd_e (silu(Wg_e x) * (Wu_e x)), where each of the three weights of expert e is full-size,
+    E_e(x) = Wd_e (silu(Wg_e x) * (Wu_e x)), where each of expert e's three weights is full-size,
     or the base's (expert 0's) plus b_e a_e, or just the base's. All experts that share the base pay
     for it once: y = W_d (sum_e p_e h_e) + sum_e B_d (p_e A_d h_e).
 
     Args:
         x: (T, D), any float dtype.
-        indices: (T, K) int64 or int32, distinct ids within a token; an id outside [0, E) is an empty
-            slot. None when `counts` is given.
+        indices: (T, K) int64 or int32, distinct ids within a token; an id outside [0, E) is an
+            empty slot. None when `counts` is given.
         weights: (T, K) float32 (float64 for float64 x).
         gate, up, down: a sequence of E entries, each a full-size weight (F, D), for down (D, F);
             a pair of factors (a (r, in), b (out, r)); or None for no delta. Entry 0, the base, is
@@ -57,7 +57,7 @@ def experts(
     Raises ValueError or TypeError naming the argument; ids out of range or repeated within a token
     raise on the CPU and inside `validation()`, elsewhere ids out of range are skipped.
     Deterministic. No host sync on CUDA. Differentiable in x, weights and every weight tensor.
-    Source: FlexMoRE (arXiv 2602.08818); the identity is in DESIGN's terms the library's purpose.
+    Source: FlexMoRE (arXiv 2602.08818); that its base can be shared follows from linearity.
     """
     check_tensor("x", x, ("N" if counts is not None else "T", "D"), FLOATS)
     sides = [

@@ -52,7 +52,8 @@ def expand(z: Tensor, b: Tensor, plan: RoutingPlan, ranks: Ragged | Sequence[int
         ranks: E ranks >= 0.
 
     Returns: (N, O) in z's dtype; zero for experts of rank 0 and for the tail of empty slots.
-    Accumulated in float32 (float64). Deterministic. No host sync on CUDA. Differentiable in z and b.
+    Accumulated in float32 (float64). Deterministic. No host sync on CUDA.
+    Differentiable in z and b.
     """
     device = plan.row_to_slot.device
     ranks = _check_ranks(ranks, plan)
@@ -139,7 +140,8 @@ define(
     setup_context=_setup_expand,
 )
 define(
-    "factor_grad(Tensor z, Tensor x, Tensor row_offsets, Tensor row_to_slot, int[] ranks) -> Tensor",
+    "factor_grad(Tensor z, Tensor x, Tensor row_offsets, Tensor row_to_slot, int[] ranks)"
+    " -> Tensor",
     _factor_grad,
     _factor_grad_fake,
 )

@@ -58,7 +58,7 @@ def topk_route(
         x: (T, D) tokens, or the logits (T, E) themselves when `weight` is None; any float dtype.
         weight: (E, D) router rows in x's dtype.
         top_k: K, from 1 to E.
-        bias: (E - 1,) for experts 1..; any float dtype. Its gradient is 1 below 0, 0.5 at 0, 0 above.
+        bias: (E - 1,) for experts 1..; any float dtype. Gradient 1 below 0, 0.5 at 0, 0 above.
         mask: bool (E,) or (T, E), the experts that a token may use. Others are never selected; with
             fewer than K allowed, fewer are selected.
         norm_topk_prob: renormalise over the selected.
@@ -99,8 +99,8 @@ def make_plan(indices: Tensor, num_experts: int) -> RoutingPlan:
     `RoutingPlan` are documented, with a worked example, in `flexmore_kernels.ragged`.
 
     Args:
-        indices: (T, K) int64 or int32, distinct ids within a token; an id outside [0, E) is an empty
-            slot. On the CPU and inside `validation()` ids above E, below 0 or repeated raise.
+        indices: (T, K) int64 or int32, distinct ids within a token; an id outside [0, E) is an
+            empty slot. On the CPU and inside `validation()` ids above E, below 0 or repeated raise.
         num_experts: E, from 1 to 1024.
 
     Deterministic. No host sync; sizes depend on T, K and E alone, so a CUDA graph can capture it.
