@@ -72,6 +72,12 @@ class Projection(NamedTuple):
             for start, rank in zip(offsets, self.ranks, strict=False)
         ]
 
+    def factor_needs(self) -> tuple[list[bool], list[bool]]:
+        """Of a projection of booleans: those of each a, and those of each b."""
+        if not any(self.ranks):
+            return [], []
+        return [a for a, _ in self.factors], [b for _, b in self.factors]
+
     def padded_ranks(self, multiple: int) -> tuple[int, ...]:
         """The ranks rounded up to a multiple."""
         return tuple(-(-rank // multiple) * multiple for rank in self.ranks)
@@ -96,7 +102,7 @@ class Projection(NamedTuple):
         return torch.cat(parts_a), torch.cat(parts_b, dim=1)
 
     def unpack(self, da: Tensor | None, db: Tensor | None, multiple: int) -> list[tuple]:
-        """Gradients of the packed factors as gradients of `factors`; None where None came."""
+        """The packed gradients of a (R, in) and of b, transposed (R, out), as those of `factors`."""
         offsets = rank_offsets(self.padded_ranks(multiple))
         spans = [(start, rank) for start, rank in zip(offsets, self.ranks, strict=False) if rank]
 
@@ -105,8 +111,7 @@ class Projection(NamedTuple):
                 return [None] * len(spans)
             return [grad[start : start + rank] for start, rank in spans]
 
-        rows_a = rows(da)
-        rows_b = rows(None if db is None else db.T)
+        rows_a, rows_b = rows(da), rows(db)
         if self.stacked:
             return [
                 (

@@ -109,6 +109,10 @@ def layer(ranks: tuple, tokens: int, dtype: torch.dtype, top_k: int = 3) -> None
     for given in ((logits,), (x, router)):
         routing = ops.topk_route(*given, top_k=top_k, bias=bias, mask=mask)
         ops.unpermute(ops.permute(x, plan), plan, routing.weights).sum().backward()
+    ranks = [0] * E
+    z, b = torch.empty(0, dtype=dtype), torch.empty(F, 0, dtype=dtype)
+    pre = make_x(tokens, F, dtype=dtype)
+    ops.gated_mix(pre, pre, torch.ones(tokens, top_k), plan, z, b, ranks, z, b, ranks)
     y = ops.experts(x, indices, torch.ones(tokens, top_k, requires_grad=True), *projections)
     y.backward(torch.ones_like(y))
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..ragged import rank_offsets
+
 
 def blocks(row_offsets: Tensor, ranks: Sequence[int]) -> Iterator[tuple[slice, slice, slice, int]]:
     """For each expert with rows and a rank: its rows, its ranks, its packed range, and its rank
@@ -81,10 +83,18 @@ def factor_grad(
     row_to_slot: Tensor | None,
     top_k: int,
     gather: bool = False,
+    wanted: Sequence[int] | None = None,
 ) -> Tensor:
-    """(R, I): the sum over each expert's rows of z_n x_n^T; zeros for an expert without rows."""
+    """(R, I): the sum over each expert's rows of z_n x_n^T; zeros for an expert without rows.
+
+    With `wanted`, only the rows of these experts are computed, the others are zero.
+    """
     grad_RI = x.new_zeros(sum(ranks), x.shape[1])
+    offsets = rank_offsets(ranks)
+    some = None if wanted is None else {offsets[e] for e in wanted}
     for rows, rank, packed, r in blocks(row_offsets, ranks):
+        if some is not None and rank.start not in some:
+            continue
         x_nI = _rows(x, rows, row_to_slot, top_k, gather)
         torch.mm(z_P[packed].view(-1, r).t(), x_nI, out=grad_RI[rank])
     return grad_RI

@@ -7,7 +7,8 @@ a copy of the factors, a few percent of the base's bytes, never of the base. The
     z = A_e x (shrink)  ->  h = SwiGLU(G + B z, U + B z), mixed = sum_e p_e h_e (gated_mix)
     delta = B_d A_d h (shrink, expand)  ->  y = W_d mixed + sum_e p_e delta_e (cuBLAS, unpermute)
 
-where W_d mixed stays in float32 until the deltas are added. Full-size experts fill their rows by
+where W_d mixed stays in float32 until the deltas are added. With few experts of small ranks all of
+this but the last shrink is token-major (token_major.py). Full-size experts fill their rows by
 grouped_gemm. Backward recomputes z and the pre-activation rows from the saved x, G, U, and pays the
 base once: one product each for dmixed, dx, and (only if wanted) the base's weight gradients.
 """
@@ -22,6 +23,7 @@ from torch import Tensor
 from .. import backend
 from ..projection import FULL, Projection
 from ..ragged import MAX_SET_EXPERTS, RoutingPlan, packed_size, rows_to_slots
+from . import token_major
 
 RANK_MULTIPLE = 16
 
@@ -69,11 +71,16 @@ class _Layer:
             z, b, plan.row_offsets, ranks, plan.num_rows, base, plan.row_to_slot, self.top_k, gather
         )
 
-    def factor_grad(self, z, x, ranks, gather=False) -> Tensor:
-        plan = self.plan
-        return self.lowrank.factor_grad(
-            z, x, plan.row_offsets, ranks, plan.row_to_slot, self.top_k, gather
-        )
+    def factor_grad(self, z, x, ranks, needs, gather=False) -> Tensor | None:
+        """Gradient of the packed factors; `needs` says of which, None if of none."""
+        if not any(needs):
+            return None
+        plan, wanted = self.plan, None
+        if len(needs) > 1:
+            experts = [e for e, rank in enumerate(ranks) if rank]
+            wanted = tuple(e for e, need in zip(experts, needs, strict=True) if need)
+        maps = (plan.row_offsets, ranks, plan.row_to_slot, self.top_k)
+        return self.lowrank.factor_grad(z, x, *maps, gather, wanted)
 
     def full_rows(self, x: Tensor, side: Projection, out: Tensor, transpose: bool = False) -> None:
         """Fill the rows of experts 1.. that are full-size in this projection."""
@@ -129,24 +136,39 @@ def _mm(a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
 def forward(x, indices, weights, sides) -> tuple[Tensor, Tensor, Tensor]:
     """(y (T, D), G (T, F), U (T, F)), the base pre-activations as saved for `backward`."""
     gate, up, down = sides
-    gate_TF, up_TF = x @ gate.full[0].T, x @ up.full[0].T
+    bases = x @ gate.full[0].T, x @ up.full[0].T
     layer = _Layer(x, indices, sides)
-    in_gate, in_up, out_down = layer.packed
-    z = [layer.shrink(x, side.a, side.ranks, gather=True) for side in (in_gate, in_up)]
-    mix_weights = layer.base_weights(down, weights)
-    if gate.has_extra_full or up.has_extra_full:
-        rows = layer.preactivations(gate_TF, up_TF, z)
-        mixed, h_NF = layer.mix.swiglu_mix(*rows, mix_weights, layer.plan.slot_to_row)
-    else:
-        factors = (z[0], in_gate.b, in_gate.ranks, z[1], in_up.b, in_up.ranks)
-        mixed, h_NF = layer.mix.gated_mix(gate_TF, up_TF, mix_weights, layer.plan, *factors)
-    if not (out_down.any or down.has_extra_full):
-        return mixed @ down.full[0].T, gate_TF, up_TF
-    z_down = layer.shrink(h_NF, out_down.a, out_down.ranks)
-    delta_ND = layer.expand(z_down, out_down.b, out_down.ranks)
+    mixed, h_NF = _hidden(layer, *bases, layer.base_weights(down, weights))
+    low, plan = layer.packed[2], layer.plan
+    if not (low.any or down.has_extra_full):
+        return mixed @ down.full[0].T, *bases
+    y = _mm(mixed, down.full[0].T)
+    z_down = layer.shrink(h_NF, low.a, low.ranks)
+    if len(gate.full) <= MAX_SET_EXPERTS and not down.has_extra_full:
+        s_down = token_major.weighted(z_down, weights, plan, low.ranks)
+        return token_major.add_expanded(y, s_down, low.b), *bases
+    delta_ND = layer.expand(z_down, low.b, low.ranks)
     layer.full_rows(h_NF, down, delta_ND)
-    y = layer.unpermute(delta_ND, weights, _mm(mixed, down.full[0].T))
-    return y, gate_TF, up_TF
+    return layer.unpermute(delta_ND, weights, y), *bases
+
+
+def _hidden(layer: _Layer, gate_TF, up_TF, weights) -> tuple[Tensor, Tensor]:
+    """mixed (T, F) and h (N, F); of h, the rows of experts with a delta or weight of their own."""
+    gate, up, down = layer.sides
+    low_gate, low_up, low_down = layer.packed
+    plan, x = layer.plan, layer.x
+    extra_full = gate.has_extra_full or up.has_extra_full
+    if not extra_full and token_major.serves(plan.num_experts, low_gate.ranks, low_up.ranks):
+        s_TR = x @ torch.cat([low_gate.a, low_up.a]).T
+        writes = tuple(int(kind != 0) for kind in (0, *down.layout[1:]))
+        factors = (low_gate.b, low_gate.ranks, low_up.b, low_up.ranks)
+        return token_major.mix(gate_TF, up_TF, weights, plan, s_TR, *factors, writes)
+    z = [layer.shrink(x, low.a, low.ranks, gather=True) for low in (low_gate, low_up)]
+    if extra_full:
+        rows = layer.preactivations(gate_TF, up_TF, z)
+        return layer.mix.swiglu_mix(*rows, weights, plan.slot_to_row)
+    factors = (z[0], low_gate.b, low_gate.ranks, z[1], low_up.b, low_up.ranks)
+    return layer.mix.gated_mix(gate_TF, up_TF, weights, plan, *factors)
 
 
 def backward(dy, x, indices, weights, gate_TF, up_TF, sides, needs, side_needs):
@@ -174,7 +196,7 @@ def backward(dy, x, indices, weights, gate_TF, up_TF, sides, needs, side_needs):
 
     dz = [
         layer.shrink(drow, packed.b.T, packed.ranks)
-        if packed.any and (need_x or any(need for need, _ in side_need.factors))
+        if packed.any and (need_x or any(side_need.factor_needs()[0]))
         else None
         for drow, packed, side_need in zip(drows, layer.packed, side_needs, strict=False)
     ]
@@ -234,12 +256,10 @@ def _input_gradient(layer: _Layer, dbases, drows, dz) -> Tensor:
 
 def _input_grads(layer: _Layer, index: int, drow, z, dz, needs: Projection) -> dict:
     """Weight gradients of gate (0) or up (1), but for the base's."""
-    side, packed, x = layer.sides[index], layer.packed[index], layer.x
-    da = db = None
-    if packed.any and any(need for need, _ in needs.factors):
-        da = layer.factor_grad(dz, x, packed.ranks, gather=True)
-    if packed.any and any(need for _, need in needs.factors):
-        db = layer.factor_grad(z, drow, packed.ranks).T
+    side, ranks, x = layer.sides[index], layer.packed[index].ranks, layer.x
+    need_a, need_b = needs.factor_needs()
+    da = layer.factor_grad(dz, x, ranks, need_a, gather=True)
+    db = layer.factor_grad(z, drow, ranks, need_b)
     full = _full_grads(layer, needs, drow, lambda: layer.permute(x))
     return {"full": full, "factors": side.unpack(da, db, RANK_MULTIPLE)}
 
@@ -247,13 +267,14 @@ def _input_grads(layer: _Layer, index: int, drow, z, dz, needs: Projection) -> d
 def _down_grads(layer: _Layer, dy, h_NF, weights, needs: Projection) -> dict:
     """Weight gradients of down, but for the base's."""
     side, packed = layer.sides[2], layer.packed[2]
+    need_a, need_b = needs.factor_needs()
     da = db = None
-    if packed.any and any(need for need, _ in needs.factors):
+    if any(need_a):
         q = layer.shrink(dy, packed.b.T, packed.ranks, gather=True, weights=weights)
-        da = layer.factor_grad(q, h_NF, packed.ranks)
-    if packed.any and any(need for _, need in needs.factors):
+        da = layer.factor_grad(q, h_NF, packed.ranks, need_a)
+    if any(need_b):
         z_down = layer.shrink(h_NF, packed.a, packed.ranks, weights=weights)
-        db = layer.factor_grad(z_down, dy, packed.ranks, gather=True).T
+        db = layer.factor_grad(z_down, dy, packed.ranks, need_b, gather=True)
     full = {}
     if any(needs.full[1:]):
         dy_ND = (layer.permute(dy) * _row_weights(weights, layer.plan)).to(dy.dtype)

@@ -146,22 +146,24 @@ def _expand_kernel(
 
 @triton.jit
 def _factor_grad_kernel(
-    out_ptr, z_ptr, x_ptr, row_offsets_ptr, rank_offsets_ptr, ranks_ptr, row_to_slot_ptr,
-    width, top_k, num_splits, plane_size,
+    out_ptr, z_ptr, x_ptr, row_offsets_ptr, rank_offsets_ptr, wanted_offsets_ptr, ranks_ptr,
+    row_to_slot_ptr, width, top_k, num_splits, plane_size,
     E: tl.constexpr, E_PAD: tl.constexpr, ALIGN: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(2)
-    expert, r_begin, r_end = ragged_tile(tl.program_id(1), rank_offsets_ptr, E, E_PAD, BLOCK_R)
+    # Tiles of the wanted experts' ranks, laid end to end.
+    expert, tile, _ = ragged_tile(tl.program_id(1), wanted_offsets_ptr, E, E_PAD, BLOCK_R)
     start = tl.load(row_offsets_ptr + expert)
     end = tl.load(row_offsets_ptr + expert + 1)
     rank = aligned(tl.load(ranks_ptr + expert), ALIGN)
     z_offset = aligned(packed_offset(expert, row_offsets_ptr, ranks_ptr, E, E_PAD), ALIGN)
-    z_column = aligned(r_begin - tl.load(rank_offsets_ptr + expert), ALIGN)
+    z_column = aligned(tile - tl.load(wanted_offsets_ptr + expert), ALIGN)
 
     r = tl.arange(0, BLOCK_R)
     r_live = (z_column + r < rank)[:, None]
+    r_begin = tl.load(rank_offsets_ptr + expert) + z_column
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     i_live = (i < width)[None, :]
     z_columns = z_ptr + z_offset + z_column + r[:, None]
@@ -194,16 +196,9 @@ def _launch(x: Tensor, ranks: tuple[int, ...]) -> dict:
 
 
 def shrink(
-    x: Tensor,
-    a: Tensor,
-    row_offsets: Tensor,
-    ranks: tuple[int, ...],
-    row_to_slot: Tensor,
-    top_k: int,
-    size: int,
-    gather: bool = False,
-    weights: Tensor | None = None,
-) -> Tensor:
+    x: Tensor, a: Tensor, row_offsets: Tensor, ranks: tuple[int, ...], row_to_slot: Tensor,
+    top_k: int, size: int, gather: bool = False, weights: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """z_n = w_slot A_e x_row, packed (size,); x_row = x[token of n] if gather, else x[n]."""
     z = x.new_empty(size)
     if size == 0:
@@ -268,22 +263,21 @@ def expand(
 
 
 def factor_grad(
-    z: Tensor,
-    x: Tensor,
-    row_offsets: Tensor,
-    ranks: tuple[int, ...],
-    row_to_slot: Tensor,
-    top_k: int,
-    gather: bool = False,
-) -> Tensor:
-    """(R, I): rows of expert e are sum over its rows n of z_n (r_e) outer x_row."""
+    z: Tensor, x: Tensor, row_offsets: Tensor, ranks: tuple[int, ...], row_to_slot: Tensor,
+    top_k: int, gather: bool = False, wanted: tuple[int, ...] | None = None,
+) -> Tensor:  # fmt: skip
+    """(R, I): rows of expert e are sum over its rows n of z_n (r_e) outer x_row.
+
+    With `wanted`, only the rows of these experts are computed, the others are not written.
+    """
     width, E, R = x.shape[1], len(ranks), sum(ranks)
     out = x.new_empty(R, width)
+    some = ranks if wanted is None else tuple(r * (e in wanted) for e, r in enumerate(ranks))
     N = row_to_slot.shape[0] if gather else x.shape[0]
-    if out.numel() == 0 or N == 0:
+    if width * sum(some) == 0 or N == 0:
         return out.zero_()
     r, i, k, warps = tiles.blocks(x.dtype, min(64, tiles.padded(max(ranks), 16)), 128, 64)
-    rank_tiles, i_tiles = sum(triton.cdiv(rank, r) for rank in ranks), triton.cdiv(width, i)
+    rank_tiles, i_tiles = sum(triton.cdiv(rank, r) for rank in some), triton.cdiv(width, i)
     splits = tiles.splits(rank_tiles * i_tiles, triton.cdiv(N, E), k)
     planes = out
     if splits > 1:
@@ -291,6 +285,7 @@ def factor_grad(
     with tiles.device_guard(x):
         _factor_grad_kernel[(i_tiles, rank_tiles, splits)](
             planes, z, x, row_offsets, ragged.rank_offsets_tensor(ranks, x.device),
+            ragged.rank_offsets_tensor(some, x.device),
             ragged.ranks_tensor(ranks, x.device), row_to_slot if gather else None,
             width, top_k, splits, R * width, BLOCK_R=r, BLOCK_I=i, BLOCK_K=k,
             num_warps=warps, num_stages=tiles.stages(x, r, i, k), **_launch(x, ranks),
