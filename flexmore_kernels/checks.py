@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import operator
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -73,9 +74,12 @@ def check_weights(name: str, weights: object, shape: Sequence[int], like: Tensor
 def check_int(name: str, value: object, low: int, high: int | None = None) -> int:
     """Check that `value` is an int (not a bool) in [low, high] and return it as a plain int."""
     accepted = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if isinstance(value, bool):
         raise TypeError(f"{name}: got {value!r}; accepted: {accepted}")
-    number = value.__index__()
+    try:
+        number = operator.index(value)  # a compiler's symbolic int becomes a constant here
+    except TypeError:
+        raise TypeError(f"{name}: got {value!r}; accepted: {accepted}") from None
     if number < low or (high is not None and number > high):
         raise ValueError(f"{name}: got {number}; accepted: {accepted}")
     return number

@@ -102,7 +102,7 @@ class Projection(NamedTuple):
         return torch.cat(parts_a), torch.cat(parts_b, dim=1)
 
     def unpack(self, da: Tensor | None, db: Tensor | None, multiple: int) -> list[tuple]:
-        """The packed gradients of a (R, in) and of b, transposed (R, out), as those of `factors`."""
+        """Packed gradients of a (R, in) and of b, transposed (R, out), as those of `factors`."""
         offsets = rank_offsets(self.padded_ranks(multiple))
         spans = [(start, rank) for start, rank in zip(offsets, self.ranks, strict=False) if rank]
 
