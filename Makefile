@@ -32,13 +32,15 @@ build: .venv/built
 	$(RUN) -m pip install --no-build-isolation --no-deps -e .
 	touch $@
 
-# The build runs without isolation so that it compiles against the torch it will be loaded by.
+# The build runs without isolation so that it compiles against the torch it will be loaded by. With
+# a torch from outside, a newer setuptools from there is not to be hidden by the one of the venv.
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	if host=$$($(PYTHON) -c 'import os, torch; v = torch.__version__.split("."); \
 	    assert (int(v[0]), int(v[1])) >= (2, 11); \
 	    print(os.path.dirname(os.path.dirname(torch.__file__)))' 2>/dev/null); \
 	then echo "$$host" > $$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/host.pth; \
+	    $(RUN) -m pip uninstall -q -y setuptools; \
 	else $(RUN) -m pip install torch==2.13.0; fi
 	$(RUN) -m pip install 'setuptools>=77' cmake ninja 'pybind11>=3' numpy safetensors \
 	    'pytest>=8' 'pytest-benchmark>=5' 'hypothesis>=6' 'triton>=3.6'

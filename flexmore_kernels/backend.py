@@ -50,7 +50,8 @@ def available(stem: str, device: torch.device | str) -> tuple[str, ...]:
         names.append("native")
     if kind == "cuda" and _triton_installed():
         names.append("triton")
-    names.append("aten")
+    if kind == "cpu" or not _triton_installed():
+        names.append("aten")
     if kind == "cpu" and _triton_interprets():
         names.append("triton")
     return tuple(names)

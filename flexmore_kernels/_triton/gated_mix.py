@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .. import ragged
 from . import lowrank, tiles
-from .tiles import aligned, sigmoid
+from .tiles import add_product, aligned, sigmoid
 
 _MOST_FUSED_RANK = 256
 """Above this rank the expansion is bound by its products, and needs larger tiles than the fused."""
@@ -44,7 +44,7 @@ def _add_delta(
         z = tl.load(z_rows + r[None, :], mask=row_live & (r < rank)[None, :], other=0.0)
         b_live = (r < rank)[:, None] & column_live
         b = tl.load(b_columns + r[:, None] * stride_br, mask=b_live, other=0.0)
-        acc = tl.dot(z, b, acc, input_precision=PRECISION, out_dtype=ACC)
+        acc = add_product(acc, z, b, PRECISION, ACC)
     return acc
 
 
@@ -112,8 +112,8 @@ def _gated_mix_kernel(
                     bg = tl.load(b_gate_ptr + gate_at, mask=b_live, other=0.0)
                     zu = tl.load(z_up_ptr + z_at, mask=z_live, other=0.0)
                     bu = tl.load(b_up_ptr + up_at, mask=b_live, other=0.0)
-                    g = tl.dot(zg, bg, g, input_precision=PRECISION, out_dtype=ACC)
-                    u = tl.dot(zu, bu, u, input_precision=PRECISION, out_dtype=ACC)
+                    g = add_product(g, zg, bg, PRECISION, ACC)
+                    u = add_product(u, zu, bu, PRECISION, ACC)
             else:
                 g = _add_delta(
                     g, z_gate_ptr + z_row, b_gate_ptr + gate_column, row_live, column_live,

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .tiles import ragged_tile, swizzle
+from .tiles import add_product, ragged_tile, swizzle
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def _grouped_gemm_kernel(
         else:
             x = tl.load(x_tile, mask=(i < left)[None, :], other=0.0)
             w = tl.load(w_tile, mask=(i < left)[:, None] & o_live, other=0.0)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION, out_dtype=ACC)
+        acc = add_product(acc, x, w, PRECISION, ACC)
         x_tile += BLOCK_K
         w_tile += BLOCK_K * stride_wi
     out = out_ptr + row[:, None] * width_out + o[None, :]
@@ -77,7 +77,7 @@ def _dweight_kernel(
         x = x_ptr + at[:, None] * width_in + i[None, :]
         dy = tl.load(dy, mask=o_live & (row < end)[None, :], other=0.0)
         x = tl.load(x, mask=(row < end)[:, None] & i_live, other=0.0)
-        acc = tl.dot(dy, x, acc, input_precision=PRECISION, out_dtype=ACC)
+        acc = add_product(acc, dy, x, PRECISION, ACC)
     out = out_ptr + o.to(tl.int64)[:, None] * width_in + i[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=o_live & i_live)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import ragged
 from . import tiles
-from .tiles import aligned, packed_offset, ragged_tile, rank_offset, swizzle
+from .tiles import add_product, aligned, packed_offset, ragged_tile, rank_offset, swizzle
 
 
 @triton.jit
@@ -88,7 +88,7 @@ def _shrink_kernel(
         x = tl.load(x_rows + i[None, :], mask=m_live & (i < width)[None, :], other=0.0)
         a_columns = i.to(tl.int64)[:, None] * stride_ai
         a = tl.load(a_rows + a_columns, mask=(i < width)[:, None] & r_live, other=0.0)
-        acc = tl.dot(x, a, acc, input_precision=PRECISION, out_dtype=ACC)
+        acc = add_product(acc, x, a, PRECISION, ACC)
     if weights_ptr is not None:
         acc *= tl.load(weights_ptr + slot, mask=row < end, other=0.0).to(ACC)[:, None]
     z_rows = z_ptr + split.to(tl.int64) * size + z_offset
@@ -139,7 +139,7 @@ def _expand_kernel(
         z = tl.load(z_rows + r[None, :], mask=m_live & (r < rank)[None, :], other=0.0)
         b_columns = r.to(tl.int64)[:, None] * stride_br
         b = tl.load(b_rows + b_columns, mask=(r < rank)[:, None] & o_live, other=0.0)
-        acc = tl.dot(z, b, acc, input_precision=PRECISION, out_dtype=ACC)
+        acc = add_product(acc, z, b, PRECISION, ACC)
     out = y_ptr + row[:, None] * width + o[None, :]
     tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=m_live & o_live)
 
@@ -179,7 +179,7 @@ def _factor_grad_kernel(
         z = tl.load(z_columns + z_rows, mask=r_live & live[None, :], other=0.0)
         x = x_ptr + source[:, None] * width + i[None, :]
         x = tl.load(x, mask=live[:, None] & i_live, other=0.0)
-        acc = tl.dot(z, x, acc, input_precision=PRECISION, out_dtype=ACC)
+        acc = add_product(acc, z, x, PRECISION, ACC)
     out = out_ptr + split.to(tl.int64) * plane_size + (r_begin + r)[:, None] * width + i[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=r_live & i_live)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import counting_sort, tiles
+from .tiles import add_product
 
 MAX_FUSED_EXPERTS = 64
 """Up to this many experts the router's matmul is fused into the routing kernel."""
@@ -106,7 +107,7 @@ def _route_linear(
     for begin in range(0, D, BLOCK_D):
         x = tl.load(x_at, mask=(token < T)[:, None] & (begin + d < D)[None, :], other=0)
         w = tl.load(weight_at, mask=(begin + d < D)[:, None] & (e < E)[None, :], other=0)
-        sums = tl.dot(x, w, sums, input_precision=PRECISION, out_dtype=ACC)
+        sums = add_product(sums, x, w, PRECISION, ACC)
         x_at += BLOCK_D
         weight_at += BLOCK_D
     raw = sums.to(logits_ptr.dtype.element_ty)

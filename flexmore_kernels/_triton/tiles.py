@@ -97,6 +97,21 @@ def sigmoid(v, dtype: tl.constexpr):
 
 
 @triton.jit
+def add_product(acc, a, b, PRECISION: tl.constexpr, ACC: tl.constexpr):
+    """acc + a b, tile by tile.
+
+    In IEEE float32 the product of a block is summed by itself first: one chain of additions through
+    all of K loses more bits than sums of blocks. Subtracted, because the compiler would fold an
+    added product back into the chain.
+    """
+    if a.dtype == tl.float32 and PRECISION == "ieee":
+        acc = acc - tl.dot(-a, b, input_precision=PRECISION, out_dtype=ACC)
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
+    return acc
+
+
+@triton.jit
 def swizzle(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
     """(m, n) of program `pid`: GROUP row tiles share their column tiles in L2."""
     group = pid // (GROUP * tiles_n)

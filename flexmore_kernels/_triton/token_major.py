@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .. import ragged
 from . import tiles
-from .tiles import aligned, packed_offset, sigmoid
+from .tiles import add_product, aligned, packed_offset, sigmoid
 
 _MOST_RANK = 64
 """One block of rank columns: a step of the loop over experts is one product a projection."""
@@ -85,9 +85,9 @@ def _mix_kernel(
         bu_live = (r < rank_u)[:, None] & column_live
         bg = tl.load(bg_tile + at_g * stride_bg_r, mask=bg_live, other=0.0)
         bu = tl.load(bu_tile + at_u * stride_bu_r, mask=bu_live, other=0.0)
-        g = tl.dot(sg, bg, gate.to(ACC), input_precision=PRECISION, out_dtype=ACC)
+        g = add_product(gate.to(ACC), sg, bg, PRECISION, ACC)
         silu = g * sigmoid(g, gate_ptr.dtype.element_ty)
-        u = tl.dot(su, bu, up.to(ACC), input_precision=PRECISION, out_dtype=ACC)
+        u = add_product(up.to(ACC), su, bu, PRECISION, ACC)
         h = silu * u
         # Selected, not multiplied: Inf or NaN of experts not chosen must not reach the sum.
         row_live = (row >= 0)[:, None]
@@ -140,7 +140,7 @@ def _add_expanded_kernel(
         s = tl.load(s, mask=t_live & (r < R)[None, :], other=0.0)
         b = b_ptr + d[None, :].to(tl.int64) * stride_b_d + r[:, None] * stride_b_r
         b = tl.load(b, mask=d_live & (r < R)[:, None], other=0.0)
-        acc = tl.dot(s, b, acc, input_precision=PRECISION, out_dtype=ACC)
+        acc = add_product(acc, s, b, PRECISION, ACC)
     tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=t_live & d_live)
 
 
