@@ -100,7 +100,7 @@ def trainable(p: Problem, name: str) -> list[Tensor]:
     if name == "ours, layer":
         return [p.x, *(q for q in p.layer.parameters() if q.requires_grad)]
     factors = [t for entries in p.weights for e in entries if isinstance(e, tuple) for t in e]
-    return [p.x, p.gates, *factors]
+    return [p.x, p.gates, *(t for t in factors if t.requires_grad)]
 
 
 def with_backward(p: Problem, name: str, forward: Callable[[], Tensor]) -> Callable[[], Any]:
