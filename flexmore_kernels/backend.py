@@ -75,9 +75,15 @@ def chosen(stem: str, device: torch.device | str) -> str:
     return _preferred(stem, torch.device(device).type)
 
 
-def kernels(stem: str, tensor: Tensor) -> ModuleType:
-    """The module of raw kernels that runs `stem` on the tensor's device."""
-    return _module(chosen(stem, tensor.device), stem)
+def kernels(stem: str, tensor: Tensor, on_gpu: str | None = None) -> ModuleType:
+    """The module of raw kernels that runs `stem` on the tensor's device.
+
+    `on_gpu` names those that a measurement prefers for one function on a GPU, if they are there.
+    """
+    device = tensor.device
+    if on_gpu and device.type == "cuda" and _forced.get() is None:
+        return _module(on_gpu if on_gpu in available(stem, device) else chosen(stem, device), stem)
+    return _module(chosen(stem, device), stem)
 
 
 @contextlib.contextmanager

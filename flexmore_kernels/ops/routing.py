@@ -1,7 +1,7 @@
 """Routing: which experts a token goes to, with which weight, and where its rows go.
 
-Kernels: the compiled library where it is there, else Triton on a GPU and aten on a CPU.
-Cost: topk_route reads x once (T*D) and the router (E*D); from logits it moves T*(E + 2K) numbers.
+Kernels: the compiled library where it is there, but Triton for topk_route from x, or of more than
+32 experts; without the library, Triton on a GPU and aten on a CPU. Cost: topk_route reads x once (T*D) and the router (E*D); from logits it moves T*(E + 2K) numbers.
 make_plan reads N = T*K ids and writes about 3N + T*(E + 1) int32. Maths: reference/routing.py.
 """
 
@@ -132,7 +132,9 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 def _topk_route(logits, bias, mask, top_k, norm_topk_prob):
     if checks_values(logits):
         check_routable(logits, mask)
-    kernels = backend.kernels(_kernels, logits)
+    # H100, T=16384: E=7, K=5 CUDA 9 us, Triton 32; E=256, K=8 128 and 49 us.
+    on_gpu = "triton" if logits.shape[1] > 32 else None
+    kernels = backend.kernels(_kernels, logits, on_gpu)
     return kernels.topk_route(logits.contiguous(), bias, mask, top_k, norm_topk_prob)
 
 
@@ -145,7 +147,8 @@ def _topk_route_fake(logits, bias, mask, top_k, norm_topk_prob):
 
 
 def _topk_route_linear(x, weight, bias, mask, top_k, norm_topk_prob):
-    kernels = backend.kernels(_kernels, x)
+    # One launch that reads x once; H100, T=16384, D=4096, E=7: 64 us, a GEMM and a top-k 136.
+    kernels = backend.kernels(_kernels, x, "triton")
     result = kernels.topk_route_linear(
         x.contiguous(), weight.contiguous(), bias, mask, top_k, norm_topk_prob
     )
