@@ -86,11 +86,11 @@ def measure(
         benchmark.extra_info["TFLOP/s"] = flops / milliseconds / 1e9
 
 
-def environment(device: str) -> dict[str, Any]:
-    """Where a record was taken."""
+def environment(device: str, commit: str | None = None) -> dict[str, Any]:
+    """Where a record was taken; `commit` where the sources came without their history."""
     on_gpu = torch.device(device).type == "cuda"
     return {
-        "commit": _commit(),
+        "commit": commit or _commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "device": torch.cuda.get_device_name(device) if on_gpu else platform.machine(),
         "threads": torch.get_num_threads(),

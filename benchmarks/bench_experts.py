@@ -162,6 +162,7 @@ def main() -> int:
     parser.add_argument("--backward", action="store_true", help="forward + backward too")
     parser.add_argument("--breakdown", action="store_true", help="our time per kernel too")
     parser.add_argument("--quick", action="store_true", help="nothing compiled, few rounds")
+    parser.add_argument("--commit", help="to record, where the sources have no git history")
     parser.add_argument("--json", action="store_true", help="append to benchmarks/results/")
     given = parser.parse_args()
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -175,7 +176,7 @@ def main() -> int:
     limits = {"rounds": 5, "budget_s": 3.0} if given.quick else {"rounds": 30, "budget_s": 30.0}
     entry = {
         "benchmark": "experts", "shape": name, **shape._asdict(), "tokens": tokens,
-        "dtype": str(dtype).removeprefix("torch."), **bench.environment(device),
+        "dtype": str(dtype).removeprefix("torch."), **bench.environment(device, given.commit),
     }  # fmt: skip
     print(f"{name}: {shape.why}; T = {tokens}, {entry['dtype']}, {entry['device']}, "
           f"{entry['commit']}\nforward")  # fmt: skip
