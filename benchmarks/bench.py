@@ -92,7 +92,7 @@ def environment(device: str, commit: str | None = None) -> dict[str, Any]:
     return {
         "commit": commit or _commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "device": torch.cuda.get_device_name(device) if on_gpu else platform.machine(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -107,6 +107,15 @@ def record(name: str, entry: dict[str, Any]) -> Path:
     with path.open("a") as file:
         file.write(json.dumps(entry) + "\n")
     return path
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def _commit() -> str | None:
