@@ -55,7 +55,7 @@ def _segments(x: Tensor, indices: Tensor, num_experts: int):
 
 def _preactivation(side: Projection, pairs, e: int, base: Tensor, tokens: Tensor, z, x: Tensor):
     """(n, F) rows of gate or up, before the nonlinearity; new memory, free to be overwritten."""
-    if e and side.layout[e] == FULL:
+    if _extra_full(side, e):
         return x[tokens] @ side.full[e].T
     rows = base.index_select(0, tokens)
     return rows.addmm_(z, pairs[e][1].T) if side.ranks[e] else rows
@@ -78,7 +78,7 @@ def forward(x, indices, weights, sides) -> tuple[Tensor, Tensor, Tensor]:
             )
             for side, pair, base, z in zip((gate, up), pairs, bases, inputs, strict=False)
         ]
-        extra = e > 0 and down.layout[e] == FULL
+        extra = _extra_full(down, e)
         h = _swiglu(*rows) if extra else mix(mixed, *rows, weights, slots, top_k)
         if not down.ranks[e] and not extra:
             continue
@@ -91,7 +91,10 @@ def forward(x, indices, weights, sides) -> tuple[Tensor, Tensor, Tensor]:
             w = None
         delta = x.new_zeros(x.shape, dtype=acc) if delta is None else delta
         delta.index_add_(0, tokens, y_rows.to(acc) if w is None else y_rows * w)
-    return _add_base(delta, mixed.to(x.dtype), down.full[0], x.dtype), *bases
+    mixed = mixed.to(x.dtype)
+    if delta is None:
+        return mixed @ down.full[0].T, *bases
+    return _add_product(delta, mixed, down.full[0].T).to(x.dtype), *bases
 
 
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -99,113 +102,140 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return (torch.nn.functional.silu(gate.to(acc)) * up).to(gate.dtype)
 
 
-def _add_base(delta: Tensor | None, mixed: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """delta + mixed weight^T, in one product where the dtypes allow it."""
-    if delta is None:
-        return mixed @ weight.T
-    if delta.dtype == dtype:
-        return delta.addmm_(mixed, weight.T)
-    return (delta + mixed @ weight.T).to(dtype)
+def _extra_full(side: Projection, e: int) -> bool:
+    """Whether expert e, besides the base, is full-size in this projection."""
+    return e > 0 and side.layout[e] == FULL
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """total + a b, total in the accumulator's dtype: in one product where the dtypes allow it."""
+    return total.addmm_(a, b) if total.dtype == a.dtype else total + a @ b
 
 
 def backward(dy, x, indices, weights, gate_TF, up_TF, sides, needs, side_needs):
     """(dx, dweights, gradients of the three projections), None where not needed."""
-    gate, up, down = sides
-    acc, top_k = _accumulator(x.dtype), indices.shape[1]
-    need_x, need_weights = needs
-    need_hidden = need_x or need_weights or any(n for s in side_needs[:2] for n in s.tensors)
-    need_base = [side.full[0] for side in side_needs]
-    bases = [gate_TF, up_TF]
-    inputs = [_Input(x, _side_a(side), top_k) for side in (gate, up)]
-    pairs = [side.factor_pairs() for side in sides]
-    need_pairs = [
-        side.factor_pairs() if not side.stacked else [side.factors[0]] * len(side.layout)
-        for side in side_needs
-    ]
-    from_down = _Input(dy, [None if p is None else p[1].T for p in pairs[2]], top_k)
-    dmixed = dy @ down.full[0] if need_hidden else None
-    keeps_bases = need_x or any(need_base[:2])
-    dbases = [x.new_zeros(base.shape, dtype=acc) if keeps_bases else None for base in bases]
-    dx = x.new_zeros(x.shape, dtype=acc) if need_x else None
-    mixed = x.new_zeros(gate_TF.shape, dtype=acc) if need_base[2] else None
-    dweights = torch.zeros_like(weights) if need_weights else None
-    grads = [_Gradients(side) for side in sides]
-    kernels = backend.kernels("gated_mix", x)
+    state = _Backward(dy, x, weights, (gate_TF, up_TF), sides, needs, side_needs)
+    for e, slots, tokens in _segments(x, indices, len(sides[0].full)):
+        state.add_expert(e, slots, tokens)
+    return state.finish()
 
-    for e, slots, tokens in _segments(x, indices, len(gate.full)):
-        w = weights.view(-1)[slots.long()].unsqueeze(1)
+
+class _Backward:
+    """What the backward sums over the experts, and the step for one of them."""
+
+    def __init__(self, dy, x, weights, bases, sides, needs, side_needs) -> None:
+        self.dy, self.x, self.weights, self.bases, self.sides = dy, x, weights, bases, sides
+        acc, top_k = _accumulator(x.dtype), weights.shape[1]
+        self.need_x, need_weights = needs
+        inputs = [need for side in side_needs[:2] for need in side.tensors]
+        self.need_hidden = self.need_x or need_weights or any(inputs)
+        self.need_full = [side.full for side in side_needs]
+        self.need_pairs = [
+            [side.factors[0]] * len(side.layout) if side.stacked else side.factor_pairs()
+            for side in side_needs
+        ]
+        self.side_needs = side_needs
+        self.pairs = [side.factor_pairs() for side in sides]
+        self.z = [_Input(x, _side_a(side), top_k) for side in sides[:2]]
+        down_b = [None if pair is None else pair[1].T for pair in self.pairs[2]]
+        self.q = _Input(dy, down_b, top_k)
+        self.dmixed = dy @ sides[2].full[0] if self.need_hidden else None
+        need_bases = self.need_x or any(full[0] for full in self.need_full[:2])
+        self.dbases = [x.new_zeros(b.shape, dtype=acc) if need_bases else None for b in bases]
+        self.dx = x.new_zeros(x.shape, dtype=acc) if self.need_x else None
+        self.mixed = x.new_zeros(bases[0].shape, dtype=acc) if self.need_full[2][0] else None
+        self.dweights = torch.zeros_like(weights) if need_weights else None
+        self.grads = [_Gradients(side) for side in sides]
+
+    def add_expert(self, e: int, slots: Tensor, tokens: Tensor) -> None:
+        """Everything that comes from the rows of expert e."""
+        x = self.x
+        inputs = self.sides[:2]
         z = [
-            side_z.rows(e, tokens) if side.ranks[e] else None
-            for side, side_z in zip((gate, up), inputs, strict=True)
+            z_side.rows(e, tokens) if side.ranks[e] else None
+            for side, z_side in zip(inputs, self.z, strict=True)
         ]
         rows = [
-            _preactivation(side, pair, e, base, tokens, z_side, x)
-            for side, pair, base, z_side in zip((gate, up), pairs, bases, z, strict=False)
+            _preactivation(side, pairs, e, base, tokens, z_side, x)
+            for side, pairs, base, z_side in zip(inputs, self.pairs[:2], self.bases, z, strict=True)
         ]
-        extra_down = e > 0 and down.layout[e] == FULL
-        if extra_down:
-            dh = dy[tokens] @ down.full[e] if need_hidden else None
-        elif need_hidden:
-            dh = dmixed.index_select(0, tokens)
-            if down.ranks[e]:
-                dh.addmm_(from_down.rows(e, tokens), pairs[2][e][0])
-        else:
-            dh = None
-        if dh is None:
-            h = _swiglu(*rows)
-        else:
-            *drows, dw, h = kernels.swiglu_mix_backward(
-                dh, None, *rows, w, torch.arange(len(tokens), dtype=torch.int32), 1
-            )
-            if need_weights:
-                dweights.view(-1)[slots.long()] = dw
-        if mixed is not None and not extra_down:
-            mixed.index_add_(0, tokens, h * w)
-        if down.ranks[e] or extra_down:
-            need = need_pairs[2][e] if down.ranks[e] else None
-            dy_w = (dy[tokens] * w).to(x.dtype)
-            if need is None:
-                if side_needs[2].full[e]:
-                    grads[2].full[e] = dy_w.T @ h
-            else:
-                a, b = pairs[2][e]
-                if need[0]:
-                    grads[2].a[e] = (from_down.rows(e, tokens) * w).to(x.dtype).T @ h
-                if need[1]:
-                    grads[2].b[e] = dy_w.T @ (h @ a.T)
-        if dh is None:
-            continue
-        for i, (side, drow) in enumerate(zip((gate, up), drows, strict=True)):
-            if e and side.layout[e] == FULL:
-                if side_needs[i].full[e]:
-                    grads[i].full[e] = drow.T @ x[tokens]
-                if need_x:
-                    dx.index_add_(0, tokens, (drow @ side.full[e]).to(acc))
-                continue
-            if keeps_bases:
-                dbases[i].index_add_(0, tokens, drow.to(acc))
-            if not side.ranks[e]:
-                continue
-            a, b = pairs[i][e]
-            dz = drow @ b if need_x or need_pairs[i][e][0] else None
-            if need_pairs[i][e][0]:
-                grads[i].a[e] = dz.T @ x[tokens]
-            if need_pairs[i][e][1]:
-                grads[i].b[e] = drow.T @ z[i]
-            if need_x:
-                dx.index_add_(0, tokens, (dz @ a).to(acc))
+        w = self.weights.view(-1)[slots.long()].unsqueeze(1)
+        if not self.need_hidden:
+            self._add_down(e, tokens, w, _swiglu(*rows))
+            return
+        one_each = torch.arange(len(tokens), dtype=torch.int32)
+        mix = backend.kernels("gated_mix", x)
+        *drows, dweights, h = mix.swiglu_mix_backward(
+            self._hidden_gradient(e, tokens), None, *rows, w, one_each, 1
+        )
+        if self.dweights is not None:
+            self.dweights.view(-1)[slots.long()] = dweights
+        self._add_down(e, tokens, w, h)
+        for index, drow in enumerate(drows):
+            self._add_input(index, e, tokens, drow, z[index])
 
-    dbases = [None if dbase is None else dbase.to(x.dtype) for dbase in dbases]
-    for i, dbase in enumerate(dbases):
-        if need_base[i]:
-            grads[i].full[0] = dbase.T @ x
-    if need_base[2]:
-        grads[2].full[0] = dy.T @ mixed.to(x.dtype)
-    if need_x:
-        for side, dbase in zip((gate, up), dbases, strict=True):
-            dx = dx.addmm_(dbase, side.full[0]) if acc == x.dtype else dx + dbase @ side.full[0]
-        dx = dx.to(x.dtype)
-    return dx, dweights, [g.collect(n) for g, n in zip(grads, side_needs, strict=True)]
+    def _hidden_gradient(self, e: int, tokens: Tensor) -> Tensor:
+        """(n, F): Wd_e^T dy, not yet times the weight; new memory."""
+        down = self.sides[2]
+        if _extra_full(down, e):
+            return self.dy[tokens] @ down.full[e]
+        dh = self.dmixed.index_select(0, tokens)
+        return dh.addmm_(self.q.rows(e, tokens), self.pairs[2][e][0]) if down.ranks[e] else dh
+
+    def _add_down(self, e: int, tokens: Tensor, w: Tensor, h: Tensor) -> None:
+        """Gradients of down's weights."""
+        down, grads, dtype = self.sides[2], self.grads[2], self.x.dtype
+        if _extra_full(down, e):
+            if self.need_full[2][e]:
+                grads.full[e] = (self.dy[tokens] * w).to(dtype).T @ h
+            return
+        if self.mixed is not None:
+            self.mixed.index_add_(0, tokens, h * w)
+        if not down.ranks[e]:
+            return
+        need_a, need_b = self.need_pairs[2][e]
+        if need_a:
+            grads.a[e] = (self.q.rows(e, tokens) * w).to(dtype).T @ h
+        if need_b:
+            grads.b[e] = (self.dy[tokens] * w).to(dtype).T @ (h @ self.pairs[2][e][0].T)
+
+    def _add_input(self, index: int, e: int, tokens: Tensor, drow: Tensor, z) -> None:
+        """Gradients of gate's (0) or up's (1) weights and of x, from those of the rows before."""
+        side, grads, dx = self.sides[index], self.grads[index], self.dx
+        if _extra_full(side, e):
+            if self.need_full[index][e]:
+                grads.full[e] = drow.T @ self.x[tokens]
+            if self.need_x:
+                dx.index_add_(0, tokens, (drow @ side.full[e]).to(dx.dtype))
+            return
+        if self.dbases[index] is not None:
+            self.dbases[index].index_add_(0, tokens, drow.to(self.dbases[index].dtype))
+        if not side.ranks[e]:
+            return
+        (a, b), (need_a, need_b) = self.pairs[index][e], self.need_pairs[index][e]
+        dz = drow @ b if self.need_x or need_a else None
+        if need_a:
+            grads.a[e] = dz.T @ self.x[tokens]
+        if need_b:
+            grads.b[e] = drow.T @ z
+        if self.need_x:
+            dx.index_add_(0, tokens, (dz @ a).to(dx.dtype))
+
+    def finish(self):
+        """The base's part, once for all tokens, and the results."""
+        x, dx = self.x, self.dx
+        for index, side in enumerate(self.sides[:2]):
+            if self.dbases[index] is None:
+                continue
+            dbase = self.dbases[index].to(x.dtype)
+            if self.need_full[index][0]:
+                self.grads[index].full[0] = dbase.T @ x
+            if self.need_x:
+                dx = _add_product(dx, dbase, side.full[0])
+        if self.mixed is not None:
+            self.grads[2].full[0] = self.dy.T @ self.mixed.to(x.dtype)
+        grads = [g.collect(need) for g, need in zip(self.grads, self.side_needs, strict=True)]
+        return None if dx is None else dx.to(x.dtype), self.dweights, grads
 
 
 class _Gradients:
