@@ -3,11 +3,12 @@
 # has, run the tests on the GPU (side by side where pytest-xdist is there), small cases of every
 # kernel under memcheck, the demo, then the benchmark. The log goes to DIR/log.txt, a short table
 # ends the output. COMMIT goes into the records where the sources have no git history.
-#     bash benchmarks/gpu.sh DIR [COMMIT]
+#     bash benchmarks/gpu.sh DIR [COMMIT [PYTEST ARGUMENTS]]
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?usage: benchmarks/gpu.sh DIR [COMMIT]}
 commit=${2:+--commit=$2}
+selection=("${@:3}")
 python=${PYTHON:-python3}
 mkdir -p "$out"
 log=$out/log.txt
@@ -24,7 +25,7 @@ step() {
 step "build" "$python" -m pip install --no-build-isolation --no-deps -e .
 step "environment" "$python" -m flexmore_kernels.cli env
 side_by_side=$("$python" -c 'import os, xdist; print("-n", max(1, os.cpu_count() - 2))' 2>/dev/null)
-step "tests" "$python" -m pytest -q -m gpu --durations=10 $side_by_side
+step "tests" "$python" -m pytest -q -m gpu --durations=10 $side_by_side "${selection[@]}"
 if command -v compute-sanitizer >/dev/null; then
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     step "memcheck" compute-sanitizer --error-exitcode 1 "$python" -m pytest -q -m gpu \
@@ -32,10 +33,9 @@ if command -v compute-sanitizer >/dev/null; then
     unset PYTORCH_NO_CUDA_MEMORY_CACHING
 fi
 step "demo" "$python" -m flexmore_kernels.cli demo
-for shape in flexolmo_6x64 flexolmo_6x16; do
-    step "benchmark, $shape" "$python" -m benchmarks.bench_experts --shape $shape --backward \
-        --breakdown --json $commit
-done
+step "benchmark, r = 64" "$python" -m benchmarks.bench_experts --shape flexolmo_6x64 --backward \
+    --breakdown --json $commit
+step "benchmark, r = 16" "$python" -m benchmarks.bench_experts --shape flexolmo_6x16 --json $commit
 echo
 grep -E '^(FAILED|ERROR)|[0-9]+ passed' "$log" | tail -20
 sed -n '/ milliseconds$/,/layers are right/p' "$log"
