@@ -6,7 +6,7 @@
 #     bash benchmarks/gpu.sh DIR [COMMIT [PYTEST ARGUMENTS]]
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=${1:?usage: benchmarks/gpu.sh DIR [COMMIT]}
+out=${1:?usage: benchmarks/gpu.sh DIR [COMMIT [PYTEST ARGUMENTS]]}
 commit=${2:+--commit=$2}
 selection=("${@:3}")
 python=${PYTHON:-python3}
@@ -36,6 +36,7 @@ step "demo" "$python" -m flexmore_kernels.cli demo
 step "benchmark, r = 64" "$python" -m benchmarks.bench_experts --shape flexolmo_6x64 --backward \
     --breakdown --json $commit
 step "benchmark, r = 16" "$python" -m benchmarks.bench_experts --shape flexolmo_6x16 --json $commit
+cp benchmarks/results/experts.jsonl "$out"
 echo
 grep -E '^(FAILED|ERROR)|[0-9]+ passed' "$log" | tail -20
 sed -n '/ milliseconds$/,/layers are right/p' "$log"
