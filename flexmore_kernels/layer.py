@@ -7,6 +7,7 @@ with W_e full-size, or W_0 + B_e A_e, or W_0. Maths: reference/layer.py.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -231,7 +232,11 @@ class FlexMoRE(nn.Module):
     def _check_mask(self, mask: Tensor, x: Tensor) -> None:
         check_tensor("expert_mask", mask, None, (torch.bool,), x.device)
         shapes = ((self.num_experts,), (*x.shape[:-1], self.num_experts))
-        if mask.shape not in shapes:
+        # Size by size: a compiler's symbolic sizes become guards so, not unequal tuples.
+        if not any(
+            mask.dim() == len(shape) and all(map(operator.eq, mask.shape, shape))
+            for shape in shapes
+        ):
             raise ValueError(
                 f"expert_mask: got shape {tuple(mask.shape)}; accepted: {shapes[0]} or "
                 f"{tuple(shapes[1])}"

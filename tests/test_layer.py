@@ -187,6 +187,15 @@ def test_layer_compiles_to_one_graph(stacked, device):
         for mine, other in zip(*pairs, strict=True):
             assert_accurate(mine, other.double(), other)
     assert counter.frame_count <= 3, "more than two recompiles"
+    masked = counter.frame_count
+    for tokens in (9, 12, 33):  # the first mask comes when the number of tokens varies already
+        x, mask = (
+            testing.make_x(tokens, 16, device),
+            torch.rand(tokens, len(RANKS), device=device) < 0.5,
+        )
+        mask[:, 0] = True
+        testing.assert_same(compiled(x, expert_mask=mask), layer(x, expert_mask=mask))
+    assert counter.frame_count <= masked + 3, "more than two recompiles with a mask"
 
 
 def test_layer_from_dense_starts_as_the_dense_ffn(device):
