@@ -137,10 +137,17 @@ def _check_config(config: dict[str, Any]) -> None:
     config.setdefault("num_experts", len(ranks[0]) if isinstance(ranks[0], list) else len(ranks))
     fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
               "vocab_size", "num_experts", "num_experts_per_tok")  # fmt: skip
-    for field in fields:
+    optional = ("num_key_value_heads", "head_dim")
+    for field in (*fields, *(name for name in optional if config.get(name) is not None)):
         value = config.get(field)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"config.json: {field} is {value!r}; accepted: an integer >= 1")
+    if (top_k := config["num_experts_per_tok"]) > (num_experts := config["num_experts"]):
+        raise ValueError(
+            f"config.json: num_experts_per_tok is {top_k}; accepted: 1 to {num_experts}"
+        )
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise ValueError(f"config.json: hidden_act is {config['hidden_act']!r}; accepted: 'silu'")
     if isinstance(ranks[0], list) and len(ranks) != config["num_hidden_layers"]:
         raise ValueError(
             f"config.json: expert_ranks has {len(ranks)} lists; accepted: one list, or "
@@ -199,22 +206,27 @@ def _read_header(path: Path) -> dict[str, tuple[int, ...]]:
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            entries = [(n, t["dtype"], t["shape"], *t["data_offsets"]) for n, t in header.items()]
+            entries = [(*t["data_offsets"], n, t["dtype"], t["shape"]) for n, t in header.items()]
+            entries.sort()
+            if not all(type(k) is int for entry in entries for k in (*entry[:2], *entry[4])):
+                raise TypeError("a size that is no integer")
         except (ValueError, AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{path.name}: not a safetensors file ({error!r})") from error
-    shapes, end_of_data = {}, 0
-    for name, dtype, shape, begin, end in entries:
+    shapes, position = {}, 0
+    for begin, end, name, dtype, shape in entries:
         if dtype not in _FLOAT_BYTES:
             accepted = ", ".join(_FLOAT_BYTES)
             raise ValueError(f"{name}: dtype {dtype} in {path.name}; accepted: {accepted}")
         if end - begin != math.prod(shape) * _FLOAT_BYTES[dtype]:
             raise ValueError(f"{name}: {end - begin} bytes in {path.name} for shape {shape}")
+        if begin != position:
+            raise ValueError(f"{name}: at byte {begin} of {path.name}; accepted: {position}")
         if 8 + length + end > size:
             raise ValueError(f"{name}: truncated in {path.name}")
-        end_of_data = max(end_of_data, end)
+        position = end
         shapes[name] = tuple(shape)
-    if 8 + length + end_of_data != size:
-        raise ValueError(f"{path.name}: {size - 8 - length - end_of_data} bytes after its tensors")
+    if 8 + length + position != size:
+        raise ValueError(f"{path.name}: {size - 8 - length - position} bytes after its tensors")
     return shapes
 
 

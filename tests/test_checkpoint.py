@@ -224,12 +224,31 @@ def test_trailing_bytes_and_rubbish(directory):
         read_layout(directory)
 
 
+@pytest.mark.parametrize("fault", ["overlap", "negative", "letters"])
+def test_header_that_points_elsewhere(directory, fault):
+    path, name = directory / "model.safetensors", f"{EXPERT}up_proj_b.weight"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    begin, end = header[name]["data_offsets"]
+    size = end - begin
+    moved = {"overlap": [0, size], "negative": [-size, 0], "letters": ["0", str(size)]}
+    header[name]["data_offsets"] = moved[fault]
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    with pytest.raises(ValueError, match=r"at byte|not a safetensors file"):
+        read_layout(directory)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         ("hidden_size", None),
         ("hidden_size", 16.0),
         ("num_experts_per_tok", 0),
+        ("num_experts_per_tok", 6),
+        ("hidden_act", "gelu"),
+        ("head_dim", 1.5),
         ("expert_ranks", None),
         ("expert_ranks", [0, 3]),
         ("expert_ranks", [0, 3, 1, 0, -2]),
