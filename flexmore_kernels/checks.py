@@ -67,7 +67,7 @@ def check_tensor(
 
 def check_weights(name: str, weights: object, shape: Sequence[int], like: Tensor) -> None:
     """Check routing weights: of this shape, on `like`'s device, float32 (float64 for float64)."""
-    accumulator = torch.float64 if like.dtype == torch.float64 else torch.float32
+    accumulator = torch.promote_types(like.dtype, torch.float32)
     check_tensor(name, weights, shape, (accumulator,), like.device)
 
 
@@ -85,8 +85,9 @@ def check_int(name: str, value: object, low: int, high: int | None = None) -> in
     return number
 
 
-def check_ranks(name: str, ranks: Sequence[int], num_experts: int) -> tuple[int, ...]:
-    """Check E ranks >= 0 and return them as a tuple of plain ints."""
+def check_ranks(name: str, ranks: object, num_experts: int) -> tuple[int, ...]:
+    """Check E ranks >= 0, or a `Ragged` axis of them, and return a tuple of plain ints."""
+    ranks = getattr(ranks, "sizes", ranks)
     if isinstance(ranks, (str, bytes)) or not isinstance(ranks, Sequence):
         raise TypeError(f"{name}: got {ranks!r}; accepted: a sequence of {num_experts} ranks >= 0")
     if len(ranks) != num_experts:

@@ -1,7 +1,7 @@
 """`flexmore demo`: runs every MoE layer of a checkpoint, proves it right, and says what it costs.
 
 Each layer's router and experts are checked against the float64 reference by the accuracy rule
-(testing.py), at the layer's output and given the layer's own routing, before anything is timed.
+(accuracy.py), at the layer's output and given the layer's own routing, before anything is timed.
 """
 
 from __future__ import annotations

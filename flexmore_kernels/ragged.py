@@ -107,11 +107,6 @@ class StackedFactors(NamedTuple):
     ranks: tuple[int, ...]
 
 
-def as_ranks(ranks: Ragged | Sequence[int]) -> tuple[int, ...]:
-    """The sizes of a rank axis, given as `Ragged` or as a sequence of ints."""
-    return ranks.sizes if isinstance(ranks, Ragged) else tuple(ranks)
-
-
 def rank_offsets(ranks: Sequence[int]) -> tuple[int, ...]:
     """E + 1 offsets of the rank axis: the exclusive prefix sum of ranks, then their total R."""
     return (0, *itertools.accumulate(ranks))

@@ -148,7 +148,7 @@ def _flat(sides):
     from flexmore_kernels.ops.experts import _projection
     from flexmore_kernels.projection import flatten
 
-    return flatten([_projection("gate", side, side[0], down=False) for side in sides])
+    return flatten([_projection("gate", side) for side in sides])
 
 
 @pytest.mark.parametrize("case", CASES, ids=CASE_IDS)

@@ -47,7 +47,7 @@ def test_experts_are_their_merged_matrices(case):
 
 @pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
 def test_base_is_paid_once(case):
-    """DESIGN's identity, forward and backward: the shared down projection acts on one sum."""
+    """The kernels' identity, forward and backward: the shared down projection acts on one sum."""
 
     def once(x, indices, weights, gate, up, down):
         G, U, h_sum, y = x @ gate[0].T, x @ up[0].T, 0, torch.zeros_like(x)

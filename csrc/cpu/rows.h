@@ -40,8 +40,7 @@ struct Kernels {
                          int64_t width, const void* base, bool base_is_acc, T* out);
     // dx = weight * dy; returns <x, dy>.
     Acc (*scale_and_dot)(const T* dy, const T* x, Acc weight, int64_t width, T* dx);
-    // h[row] = silu(gate[row]) * up[row] for each of the token's rows; mixed = sum of weights[k] *
-    // h.
+    // For each of the token's rows: h = silu(gate) * up; mixed = the sum of weights[k] * h.
     void (*swiglu_mix)(const T* gate, const T* up, const int32_t* rows, const Acc* weights,
                        int64_t count, int64_t width, T* mixed, T* h);
     // The same for one row, adding to mixed in place.

@@ -17,10 +17,6 @@ from .. import backend
 from ..projection import FULL, Projection
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 class _Input:
     """x, or a gradient in x's place, as the experts' factors see it: A_e x for an expert's rows."""
 
@@ -64,7 +60,7 @@ def _preactivation(side: Projection, pairs, e: int, base: Tensor, tokens: Tensor
 def forward(x, indices, weights, sides) -> tuple[Tensor, Tensor, Tensor]:
     """(y (T, D), G (T, F), U (T, F)), the base pre-activations as saved for `backward`."""
     gate, up, down = sides
-    acc, top_k = _accumulator(x.dtype), indices.shape[1]
+    acc, top_k = torch.promote_types(x.dtype, torch.float32), indices.shape[1]
     mix = backend.kernels("gated_mix", x).swiglu_accumulate
     bases = [x @ gate.full[0].T, x @ up.full[0].T]
     inputs = [_Input(x, _side_a(side), top_k) for side in (gate, up)]
@@ -98,7 +94,7 @@ def forward(x, indices, weights, sides) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    acc = _accumulator(gate.dtype)
+    acc = torch.promote_types(gate.dtype, torch.float32)
     return (torch.nn.functional.silu(gate.to(acc)) * up).to(gate.dtype)
 
 
@@ -125,7 +121,7 @@ class _Backward:
 
     def __init__(self, dy, x, weights, bases, sides, needs, side_needs) -> None:
         self.dy, self.x, self.weights, self.bases, self.sides = dy, x, weights, bases, sides
-        acc, top_k = _accumulator(x.dtype), weights.shape[1]
+        acc, top_k = torch.promote_types(x.dtype, torch.float32), weights.shape[1]
         self.need_x, need_weights = needs
         inputs = [need for side in side_needs[:2] for need in side.tensors]
         self.need_hidden = self.need_x or need_weights or any(inputs)

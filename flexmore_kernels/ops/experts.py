@@ -48,7 +48,8 @@ def experts(
         weights: (T, K) float32 (float64 for float64 x).
         gate, up, down: a sequence of E entries, each a full-size weight (F, D), for down (D, F);
             a pair of factors (a (r, in), b (out, r)); or None for no delta. Entry 0, the base, is
-            full-size. Or `StackedFactors`, for many experts. All in x's dtype, read where they lie.
+            full-size. Or `StackedFactors`, for many experts. All in x's dtype. Full-size weights
+            are read where they lie; factors may be copied side by side at each call.
         counts: (E,) int, the form for callers that dispatch themselves: x is (N, D), rows sorted by
             expert, `counts` rows each; rows past their sum get zeros. `weights` is (N,) or None for
             1. Each row is an output: y_n = weights[n] E_e(x_n).
@@ -61,8 +62,7 @@ def experts(
     """
     check_tensor("x", x, ("N" if counts is not None else "T", "D"), FLOATS)
     sides = [
-        _projection(name, given, x, down=name == "down")
-        for name, given in (("gate", gate), ("up", up), ("down", down))
+        _projection(name, given) for name, given in (("gate", gate), ("up", up), ("down", down))
     ]
     num_experts = len(sides[0].full)
     for name, side in zip(("gate", "up", "down"), sides, strict=True):
@@ -85,7 +85,7 @@ def experts(
     )[0]
 
 
-def _projection(name: str, given: Weights, x: Tensor, down: bool) -> Projection:
+def _projection(name: str, given: Weights) -> Projection:
     if isinstance(given, StackedFactors):
         full, ranks = tuple(given.full), check_ranks(f"{name}.ranks", given.ranks, len(given.full))
         layout = tuple(
@@ -140,8 +140,8 @@ def _sorted_rows(x, indices, weights, counts, num_experts) -> tuple[Tensor, Tens
     rows = torch.arange(x.shape[0], device=x.device)
     indices = torch.searchsorted(ends, rows, right=True).unsqueeze(1)
     if weights is None:
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return indices, torch.ones((x.shape[0], 1), dtype=dtype, device=x.device)
+        acc = torch.promote_types(x.dtype, torch.float32)
+        return indices, torch.ones((x.shape[0], 1), dtype=acc, device=x.device)
     check_weights("weights", weights, (x.shape[0],), x)
     return indices, weights.unsqueeze(1)
 

@@ -1,8 +1,9 @@
 """Gated mix: base + low-rank pre-activations, SwiGLU, weight, sum over a token's experts.
 
-Kernels: on a GPU one Triton kernel that owns a tile of tokens of like expert sets (E <= 8), else
-expand + SwiGLU; on a CPU expand by aten, the rest in the compiled library. Cost: the base parts
-2*T*F are read, mixed T*F and rows N*F written, 2*P*F operations a projection.
+Kernels: on a GPU one Triton kernel that owns a tile of tokens of like expert sets (E <= 8, ranks up
+to 256), else expand + SwiGLU; on a CPU expand by aten, the rest in the compiled library if it is
+there. Cost: the base parts 2*T*F are read, mixed T*F and rows N*F written, 2*P*F operations a
+projection.
 Maths: reference/gated_mix.py.
 """
 
@@ -48,7 +49,9 @@ def gated_mix(
 
     Returns: (mixed (T, F), rows (N, F)): the weighted sum, and h_n unweighted for each row, zero in
     the tail of empty slots. Base and delta are added in float32 (float64) and rounded once.
+    Raises ValueError or TypeError naming the argument.
     Deterministic. No host sync on CUDA. Differentiable in every float argument.
+    Source: FlexMoRE (arXiv 2602.08818); that its base can be shared follows from linearity.
     """
     device = plan.row_to_slot.device
     check_tensor("gate", gate, (plan.num_tokens, "F"), FLOATS, device)
@@ -56,7 +59,6 @@ def gated_mix(
     check_weights("weights", weights, (plan.num_tokens, plan.top_k), gate)
     ranks = []
     for side, z, b, given in (("gate", z_gate, b_gate, ranks_gate), ("up", z_up, b_up, ranks_up)):
-        given = given.sizes if isinstance(given, Ragged) else given
         given = check_ranks(f"ranks_{side}", given, plan.num_experts)
         size = packed_size(given, plan.num_tokens, plan.top_k)
         check_tensor(f"z_{side}", z, (size,), (gate.dtype,), device)

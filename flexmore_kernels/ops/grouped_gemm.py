@@ -1,7 +1,8 @@
 """Grouped GEMM: rows sorted by expert times their expert's full-size weight.
 
-Kernels: Triton on a GPU (one launch a weight, read in place, or one for a stacked weight), one aten
-product an expert on a CPU. Cost: 2*N*O*I operations; each weight read once a tile of rows.
+Kernels: Triton on a GPU (one launch for weights at equal distances in one storage, such as a
+stacked one, else one a weight), one aten product an expert on a CPU. Cost: 2*N*O*I operations;
+each weight read once a tile of rows.
 Maths: reference/grouped_gemm.py.
 """
 
@@ -25,12 +26,13 @@ def grouped_gemm(x: Tensor, weight: Tensor | Sequence[Tensor], plan: RoutingPlan
 
     Args:
         x: (N, I) rows sorted by expert, any float dtype.
-        weight: (E, O, I), or E tensors of (O, I) which are read where they lie; x's dtype.
+        weight: (E, O, I), or E tensors of (O, I); x's dtype. Contiguous ones are read in place.
         plan: from `make_plan`.
 
     Returns: (N, O) in x's dtype, accumulated in float32 (float64 for float64); the tail of empty
-    slots is zero. Deterministic. No host sync on CUDA. Differentiable in x and weight; an expert
-    without rows gets a zero gradient.
+    slots is zero. Raises ValueError or TypeError naming the argument.
+    Deterministic. No host sync on CUDA. Differentiable in x and weight; an expert without rows gets
+    a zero gradient. Source: MegaBlocks (arXiv 2211.15841), without its padding.
     """
     device = plan.row_to_slot.device
     check_tensor("x", x, (plan.num_rows, "I"), FLOATS, device)

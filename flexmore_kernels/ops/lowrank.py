@@ -31,11 +31,13 @@ def shrink(x: Tensor, a: Tensor, plan: RoutingPlan, ranks: Ragged | Sequence[int
 
     Returns: z, flat, of `packed_size(ranks, T, K)` numbers in x's dtype: expert e's block of
     (row count, rank) row-major after those of the experts before it, then zeros (example in
-    `flexmore_kernels.ragged`). Accumulated in float32 (float64). Deterministic. No host sync on
-    CUDA. Differentiable in x and a.
+    `flexmore_kernels.ragged`). Accumulated in float32 (float64).
+    Raises ValueError or TypeError naming the argument.
+    Deterministic. No host sync on CUDA. Differentiable in x and a.
+    Source: the A half of LoRA (arXiv 2106.09685), as Punica's SGMV (2310.18547) batches it.
     """
     device = plan.row_to_slot.device
-    ranks = _check_ranks(ranks, plan)
+    ranks = check_ranks("ranks", ranks, plan.num_experts)
     check_tensor("x", x, (plan.num_rows, "I"), FLOATS, device)
     check_tensor("a", a, (sum(ranks), x.shape[1]), (x.dtype,), device)
     size = packed_size(ranks, plan.num_tokens, plan.top_k)
@@ -52,19 +54,15 @@ def expand(z: Tensor, b: Tensor, plan: RoutingPlan, ranks: Ragged | Sequence[int
         ranks: E ranks >= 0.
 
     Returns: (N, O) in z's dtype; zero for experts of rank 0 and for the tail of empty slots.
-    Accumulated in float32 (float64). Deterministic. No host sync on CUDA.
-    Differentiable in z and b.
+    Accumulated in float32 (float64). Raises ValueError or TypeError naming the argument.
+    Deterministic. No host sync on CUDA. Differentiable in z and b.
+    Source: the B half of LoRA (arXiv 2106.09685), as Punica's SGMV (2310.18547) batches it.
     """
     device = plan.row_to_slot.device
-    ranks = _check_ranks(ranks, plan)
+    ranks = check_ranks("ranks", ranks, plan.num_experts)
     check_tensor("z", z, (packed_size(ranks, plan.num_tokens, plan.top_k),), FLOATS, device)
     check_tensor("b", b, ("O", sum(ranks)), (z.dtype,), device)
     return torch.ops.flexmore.expand(z, b, plan.row_offsets, plan.row_to_slot, ranks)
-
-
-def _check_ranks(ranks: Ragged | Sequence[int], plan: RoutingPlan) -> tuple[int, ...]:
-    ranks = ranks.sizes if isinstance(ranks, Ragged) else ranks
-    return check_ranks("ranks", ranks, plan.num_experts)
 
 
 def _shrink(x, a, row_offsets, row_to_slot, ranks, size):

@@ -26,6 +26,7 @@ def permute(x: Tensor, plan: RoutingPlan) -> Tensor:
         plan: from `make_plan` of T tokens.
 
     Returns: (N, D) in x's dtype, rows sorted by expert; the tail of empty slots is zero.
+    Raises ValueError or TypeError naming the argument.
     Deterministic. No host sync. Differentiable in x; the gradient is `unpermute` without weights.
     """
     check_tensor("x", x, (plan.num_tokens, "D"), FLOATS, plan.row_to_slot.device)
@@ -41,7 +42,8 @@ def unpermute(x: Tensor, plan: RoutingPlan, weights: Tensor | None = None) -> Te
         weights: (T, K) float32 (float64 for float64 x); None means 1.
 
     Returns: (T, D) in x's dtype, accumulated in float32 (float64) in the order of slots; empty
-    slots add nothing. Deterministic. No host sync. Differentiable in x and weights.
+    slots add nothing. Raises ValueError or TypeError naming the argument.
+    Deterministic. No host sync. Differentiable in x and weights.
     """
     device = plan.row_to_slot.device
     check_tensor("x", x, (plan.num_rows, "D"), FLOATS, device)

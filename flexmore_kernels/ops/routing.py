@@ -104,6 +104,7 @@ def make_plan(indices: Tensor, num_experts: int) -> RoutingPlan:
             empty slot. On the CPU and inside `validation()` ids above E, below 0 or repeated raise.
         num_experts: E, from 1 to 1024.
 
+    Raises ValueError or TypeError naming the argument.
     Deterministic. No host sync; sizes depend on T, K and E alone, so a CUDA graph can capture it.
     """
     check_tensor("indices", indices, ("T", "K"), (torch.int64, torch.int32))
@@ -126,10 +127,6 @@ def _check_mask(mask: Tensor, num_tokens: int, num_experts: int, device: torch.d
     return mask.expand(num_tokens, num_experts)
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _topk_route(logits, bias, mask, top_k, norm_topk_prob):
     if checks_values(logits):
         check_routable(logits, mask)
@@ -142,7 +139,7 @@ def _topk_route(logits, bias, mask, top_k, norm_topk_prob):
 def _topk_route_fake(logits, bias, mask, top_k, norm_topk_prob):
     shape = (logits.shape[0], top_k)
     return (
-        logits.new_empty(shape, dtype=_accumulator(logits.dtype)),
+        logits.new_empty(shape, dtype=torch.promote_types(logits.dtype, torch.float32)),
         logits.new_empty(shape, dtype=torch.int64),
     )
 
@@ -171,7 +168,7 @@ def _topk_route_backward(dweights, logits, bias, mask, indices, norm_topk_prob):
 
 
 def _topk_route_backward_fake(dweights, logits, bias, mask, indices, norm_topk_prob):
-    return logits.new_empty(logits.shape, dtype=_accumulator(logits.dtype))
+    return logits.new_empty(logits.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def _dbias(dlogits: Tensor, bias: Tensor) -> Tensor:
