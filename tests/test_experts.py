@@ -267,3 +267,10 @@ def test_experts_bad_input(spoil, error, match, device):
     spoil(inputs)
     with validation(), pytest.raises(error, match=match):
         ops.experts(**inputs)
+
+
+@pytest.mark.parametrize("counts", [[4, 4, 4], [-1, 2, 2]])
+def test_counts_of_more_rows_than_there_are(counts):
+    weights = [[torch.randn(shape)] * 3 for shape in ((6, 4), (6, 4), (4, 6))]
+    with pytest.raises(ValueError, match="^counts: got .* accepted: counts >= 0 of at most 4 rows"):
+        ops.experts(torch.randn(4, 4), None, None, *weights, counts=torch.tensor(counts))

@@ -136,6 +136,13 @@ def _sorted_rows(x, indices, weights, counts, num_experts) -> tuple[Tensor, Tens
     if indices is not None:
         raise ValueError("indices: got a tensor beside counts; accepted: None")
     check_tensor("counts", counts, (num_experts,), (torch.int64, torch.int32), x.device)
+    if checks_values(counts):
+        total = int(counts.sum())
+        if bool((counts < 0).any()) or total > x.shape[0]:
+            raise ValueError(
+                f"counts: got {total} rows, the least count {int(counts.min())}; accepted: counts "
+                f">= 0 of at most {x.shape[0]} rows together"
+            )
     ends = counts.to(torch.int64).cumsum(0)
     rows = torch.arange(x.shape[0], device=x.device)
     indices = torch.searchsorted(ends, rows, right=True).unsqueeze(1)
