@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -33,7 +34,9 @@ def validation() -> Iterator[None]:
 
 
 def checks_values(tensor: Tensor) -> bool:
-    """Whether the values of this tensor are to be looked at."""
+    """Whether the values of this tensor are to be looked at; a traced one has none."""
+    if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor):
+        return False
     return tensor.device.type == "cpu" or _validating.get()
 
 

@@ -206,6 +206,7 @@ class FlexMoRE(nn.Module):
         check_tensor("x", x, None, FLOATS if dtype is None else (dtype,), device)
         if dtype == torch.float64 and device.type == "cuda":
             raise TypeError("x: got dtype float64 on cuda; accepted: float32, bfloat16, float16")
+        check_tensor("gate.weight", self.gate.weight, None, None, device)
         if expert_mask is not None:
             self._check_mask(expert_mask, x)
 
@@ -241,7 +242,7 @@ class FlexMoRE(nn.Module):
                 f"expert_mask: got shape {tuple(mask.shape)}; accepted: {shapes[0]} or "
                 f"{tuple(shapes[1])}"
             )
-        if not torch.compiler.is_compiling() and checks_values(mask):
+        if checks_values(mask):
             none = ~mask.any(-1)
             if bool(none.any()):
                 at = tuple(int(i) for i in none.nonzero()[0])

@@ -27,6 +27,10 @@ def _without_autocast(kernel: Callable, device: str) -> Callable:
     return run
 
 
+def _no_second_derivative(ctx, *grads):
+    raise NotImplementedError("flexmore ops are differentiable once, not twice")
+
+
 def define(
     schema: str,
     kernel: Callable,
@@ -35,12 +39,17 @@ def define(
     backward: Callable | None = None,
     setup_context: Callable | None = None,
 ) -> None:
-    """Define `flexmore::<schema>` for CPU and CUDA; differentiable when `backward` is given."""
+    """Define `flexmore::<schema>` for CPU and CUDA; differentiable when `backward` is given.
+
+    What is named `..._backward` refuses to be differentiated again.
+    """
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     name = schema.split("(")[0]
     for device in ("cpu", "cuda"):
         _LIBRARY.impl(name, _without_autocast(kernel, device), device.upper())
     torch.library.register_fake(f"flexmore::{name}", fake, lib=_LIBRARY)
+    if backward is None and name.endswith("_backward"):
+        backward = _no_second_derivative
     if backward is not None:
         torch.library.register_autograd(
             f"flexmore::{name}", backward, setup_context=setup_context, lib=_LIBRARY

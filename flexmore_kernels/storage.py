@@ -32,7 +32,7 @@ def parse_ranks(expert_ranks: Iterable, limit: int, name: str = "expert_ranks") 
 
     An int 0 is a full-size expert, an int r > 0 has rank r three times; entry 0 must be an int 0.
     """
-    if isinstance(expert_ranks, (str, bytes)) or not isinstance(expert_ranks, Iterable):
+    if isinstance(expert_ranks, (str, bytes, dict, set)) or not isinstance(expert_ranks, Iterable):
         raise TypeError(
             f"{name}: got {expert_ranks!r}; accepted: a sequence with one rank an expert"
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flexmore_kernels as fk
 
@@ -24,6 +25,7 @@ CONSTRUCTOR = [
     ({"expert_ranks": []}, "expert_ranks: got 0 entries"),
     ({"expert_ranks": 3}, "expert_ranks: got 3"),
     ({"expert_ranks": "012"}, "expert_ranks: got '012'"),
+    ({"expert_ranks": {0: 0, 2: 0}}, "expert_ranks: got {0: 0, 2: 0}"),
     ({"expert_ranks": [0] * 1025}, "expert_ranks: got 1025 entries"),
     ({"expert_ranks": [2, 2, 3]}, r"expert_ranks\[0\]: got 2; accepted: 0"),
     ({"expert_ranks": [(0, 0, 0), 2, 3]}, r"expert_ranks\[0\]"),
@@ -163,3 +165,24 @@ FROM_DENSE = [
 def test_from_dense_refuses(dense, message):
     with pytest.raises((ValueError, TypeError), match=f"^{message}"):
         fk.FlexMoRE.from_dense(*dense, [0, 2, 3], 2)
+
+
+def test_forward_names_a_router_left_behind():
+    layer = fk.FlexMoRE(**GOOD)
+    layer.gate.to("meta")
+    with pytest.raises(ValueError, match=r"^gate\.weight: got a tensor on meta; accepted: one on "):
+        layer(torch.randn(4, 8))
+
+
+def test_traced_values_are_not_looked_at():
+    with FakeTensorMode():
+        layer, x = fk.FlexMoRE(**GOOD), torch.randn(4, 8)
+        y, routing = layer(x, expert_mask=torch.ones(4, 3).bool(), return_routing=True)
+    assert y.shape == (4, 8) and routing.indices.shape == (4, GOOD["top_k"])
+
+
+def test_second_derivative_is_refused():
+    layer, x = fk.FlexMoRE(**GOOD), torch.randn(4, 8, requires_grad=True)
+    (dx,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="once, not twice"):
+        dx.sum().backward()
