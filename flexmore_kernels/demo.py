@@ -95,12 +95,12 @@ def _run_layer(
     _progress(f"layer {layer}: checking ({layer + 1} of {count})")
     arguments = layer_arguments(layout, layer)
     stored = {name: t.to(device) for name, t in read_layer(layout, layer, dtype).items()}
-    if break_it:
-        arguments_ours, stored_ours = _swapped(arguments, stored)
-    else:
-        arguments_ours, stored_ours = arguments, stored
-    ours = build_layer(arguments_ours, stored_ours, device)
     x_TD = make_x(tokens, arguments["hidden_size"], device, dtype)
+    arguments_ours, stored_ours = arguments, stored
+    if break_it:
+        chosen, _ = baselines.route(x_TD, stored["gate.weight"], arguments["top_k"], False)
+        arguments_ours, stored_ours = _swapped(arguments, stored, chosen)
+    ours = build_layer(arguments_ours, stored_ours, device)
     weights = expert_weights(stored, arguments["expert_ranks"])
     worst = max(_checks(ours, arguments, stored, weights, x_TD), key=lambda c: c.found.ratio)
     times = "  WRONG: not timed"
@@ -164,15 +164,20 @@ def _double(tree: Any) -> Any:
     return tree_map(lambda t: t.double() if t.is_floating_point() else t, tree)
 
 
-def _swapped(arguments: dict, stored: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
-    """The layer with the last two low-rank experts in each other's place."""
+def _swapped(
+    arguments: dict, stored: dict[str, Tensor], chosen_TK: Tensor
+) -> tuple[dict, dict[str, Tensor]]:
+    """The layer with the two low-rank experts that most tokens chose in each other's place."""
     ranks = list(arguments["expert_ranks"])
     low_rank = [
         e for e, r in enumerate(ranks) if any(isinstance(k, int) and k for k in as_triple(r))
     ]
     if len(low_rank) < 2:
         raise ValueError("--break: needs a checkpoint with two low-rank experts in every layer")
-    i, j = low_rank[-2:]
+    counts = chosen_TK.flatten().bincount(minlength=len(ranks)).tolist()
+    i, j = sorted(low_rank, key=counts.__getitem__)[-2:]
+    if not counts[j]:
+        raise ValueError("--break: no token chose a low-rank expert; give more --tokens")
     ranks[i], ranks[j] = ranks[j], ranks[i]
     other = {f"experts.{i}": f"experts.{j}", f"experts.{j}": f"experts.{i}"}
 

@@ -67,6 +67,16 @@ def test_demo_needs_two_experts_to_break(tmp_path, capsys):
     assert "two low-rank experts" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("tokens", ["1", "2", "5"])
+def test_demo_breaks_experts_that_tokens_chose(tmp_path, tokens):
+    checkpoint.make_demo_checkpoint(
+        tmp_path / "few", hidden_size=16, intermediate_size=24, num_layers=1, top_k=1, vocab_size=8,
+        expert_ranks=(0, 3, 4, 5, 0, 0, 1, 2),
+    )  # fmt: skip
+    # 2 where no token chose a low-rank expert at all; never 0, as if nothing had been swapped.
+    assert demo(str(tmp_path / "few"), "cpu", "--break", "--tokens", tokens) in (1, 2)
+
+
 def test_bad_directory_is_named(tmp_path, capsys):
     assert cli.main(["demo", str(tmp_path / "nowhere")]) == 2
     assert "nowhere" in capsys.readouterr().err
