@@ -55,15 +55,15 @@ def check(draw, ours=ops.experts, ref=reference.experts, roles=by_role):
     """The accuracy rule for the output and every gradient."""
     results = {"ours": [], "truth": [], "same": []}
     inputs = draw()
-    draws = 2 if inputs[0].dtype == torch.float64 else 24  # float64 has a fixed allowance
+    draws = 1 if inputs[0].dtype == torch.float64 else 24  # float64 has a fixed allowance
     for index in range(draws):
+        inputs = draw() if index else inputs
         dy = torch.randn_like(inputs[0])
         if index >= draws - 2:
             results["ours"].append(roles(inputs, run(ours, inputs, dy)))
         wide = testing.to_float64(inputs)
         results["truth"].append(roles(inputs, run(ref, wide, dy.double())))
         results["same"].append(roles(inputs, run(ref, inputs, dy)))
-        inputs = draw()
     for role in results["ours"][0]:
         columns = [[result[role] for result in column] for column in results.values()]
         testing.assert_accurate_draws(*columns, name=role)
