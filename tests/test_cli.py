@@ -106,7 +106,7 @@ def test_env(capsys):
 @pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
 @pytest.mark.parametrize("name", ["fair_eager", "every_expert", "published"])
 def test_baselines_compute_the_same(name, case):
-    """A comparison is fair only with what is right. Ten times: their sums are in other orders."""
+    """A comparison is fair only with what is right; to bfloat16, since sums are in other orders."""
     arguments = (make_x(case.tokens, case.hidden), *make_routing(case))
     weights = make_experts(case)
     indices = (arguments[1], arguments[2])

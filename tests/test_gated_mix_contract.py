@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from common import some_plan, to_device
 from torch import Tensor
 
 from flexmore_kernels import ops
-from flexmore_kernels.ragged import RoutingPlan, packed_size
+from flexmore_kernels.ragged import packed_size
 from flexmore_kernels.testing import assert_same
 
 RANKS = (2, 0, 3, 1), (0, 4, 1, 1)
-
-
-def some_plan(device: str, tokens: int = 6) -> RoutingPlan:
-    ids = torch.rand(tokens, 4).argsort(1)[:, :3].masked_fill(torch.rand(tokens, 3) < 0.2, 4)
-    return ops.make_plan(ids.to(device), 4)
 
 
 def make_inputs(tokens: int, width: int, device: str) -> dict:
@@ -95,11 +91,6 @@ BAD_INPUT = {
 @pytest.mark.parametrize("bad", BAD_INPUT.values(), ids=BAD_INPUT)
 def test_bad_input_names_the_argument(bad, device):
     error, message, change = bad
-    change = {
-        name: value.to(device)
-        if isinstance(value, Tensor) and value.device.type != "meta"
-        else value
-        for name, value in change.items()
-    }
+    change = {name: to_device(value, device) for name, value in change.items()}
     with pytest.raises(error, match=message):
         ops.gated_mix(plan=some_plan(device), **make_inputs(6, 5, device) | change)

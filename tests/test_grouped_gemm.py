@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from common import skip_interpreted, some_plan, to_device
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 import reference
 from flexmore_kernels import backend, ops
-from flexmore_kernels.ragged import RoutingPlan
 from flexmore_kernels.testing import (
     CASE_IDS,
     CASES,
@@ -33,18 +32,6 @@ TILES = (
     Case("wide", "several tiles in each direction, all multiples of 8", 70, 72, 136, (0, 1), 2),
     Case("wide_and_odd", "the same with sizes that no vector divides", 70, 67, 131, (0, 1), 2),
 )  # fmt: skip
-
-
-def skip_interpreted(kernels: str, device: str, dtype: torch.dtype) -> None:
-    """The interpreter has no 16-bit floats and is slow: gradcheck covers its float64."""
-    if kernels == "triton" and device == "cpu" and dtype != torch.float32:
-        pytest.skip("in the interpreter: float32, and float64 by gradcheck")
-
-
-def some_plan(device: str, tokens: int = 6, experts: int = 4, top_k: int = 3) -> RoutingPlan:
-    ids = torch.rand(tokens, experts).argsort(1)[:, :top_k]
-    ids = ids.masked_fill(torch.rand(tokens, top_k) < 0.2, experts)
-    return ops.make_plan(ids.to(device), experts)
 
 
 def grads(function, x, weights, cotangent, plan, stacked=False):
@@ -213,11 +200,5 @@ BAD_INPUT = {
 def test_bad_input_names_the_argument(bad, device):
     error, message, x, weight = bad
 
-    def place(value):
-        if isinstance(value, list):
-            return [place(entry) for entry in value]
-        moves = isinstance(value, Tensor) and value.device.type != "meta"
-        return value.to(device) if moves else value
-
     with pytest.raises(error, match=message):
-        ops.grouped_gemm(place(x), place(weight), some_plan(device))
+        ops.grouped_gemm(to_device(x, device), to_device(weight, device), some_plan(device))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from common import skip_interpreted, some_plan, to_device
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -45,21 +46,9 @@ TILES = (
 )  # fmt: skip
 
 
-def skip_interpreted(kernels: str, device: str, dtype: torch.dtype) -> None:
-    """The interpreter has no 16-bit floats and is slow: gradcheck covers its float64."""
-    if kernels == "triton" and device == "cpu" and dtype != torch.float32:
-        pytest.skip("in the interpreter: float32, and float64 by gradcheck")
-
-
 def ranks_of(case: Case) -> tuple[int, ...]:
     """The case's gate ranks; an expert of full size has none."""
     return tuple(0 if entry == "full" else entry for entry in projection_ranks(case.ranks)[0])
-
-
-def some_plan(device: str, tokens: int = 6, experts: int = 4, top_k: int = 3) -> RoutingPlan:
-    ids = torch.rand(tokens, experts).argsort(1)[:, :top_k]
-    ids = ids.masked_fill(torch.rand(tokens, top_k) < 0.2, experts)
-    return ops.make_plan(ids.to(device), experts)
 
 
 def used_length(plan: RoutingPlan, ranks: tuple[int, ...]) -> int:
@@ -280,9 +269,5 @@ BAD_INPUT = {
 def test_bad_input_names_the_argument(bad, device):
     error, message, function, first, factor, ranks = bad
 
-    def place(value):
-        moves = isinstance(value, Tensor) and value.device.type != "meta"
-        return value.to(device) if moves else value
-
     with pytest.raises(error, match=message):
-        function(place(first), place(factor), some_plan(device), ranks)
+        function(to_device(first, device), to_device(factor, device), some_plan(device), ranks)

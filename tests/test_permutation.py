@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from common import skip_narrow, some_ids, to_device
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,11 +19,6 @@ from flexmore_kernels.ragged import RoutingPlan
 from flexmore_kernels.testing import CASE_IDS, CASES, assert_accurate, assert_same, make_routing
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def skip_narrow(kernels: str, device: str, dtype: torch.dtype) -> None:
-    if kernels == "triton" and device == "cpu" and dtype.itemsize == 2:
-        pytest.skip("the interpreter computes float32 and float64 only")
 
 
 def exact(*shape: int, device: str, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -82,8 +78,7 @@ def test_widths_are_exact(width, device, kernels):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sums_by_the_accuracy_rule(dtype, device, kernels):
     skip_narrow(kernels, device, dtype)
-    ids = torch.rand(60, 7).argsort(1)[:, :4].masked_fill(torch.rand(60, 4) < 0.1, 7)
-    plan = ops.make_plan(ids.to(device), 7)
+    plan = ops.make_plan(some_ids(60, 7, 4, empty=0.1).to(device), 7)
     x, y = torch.randn(60, 500).to(device, dtype), torch.randn(240, 500).to(device, dtype)
     weights = torch.rand(60, 4).to(device, accumulator(dtype))
     for inputs in ((y,), (y, weights)):
@@ -117,7 +112,7 @@ def test_the_two_are_adjoint(data, device, kernels):
     T, E, D = (data.draw(st.integers(low, 12)) for low in (0, 1, 1))
     K = data.draw(st.integers(1, E))
     torch.manual_seed(data.draw(st.integers(0, 99)))
-    ids = torch.rand(T, E).argsort(1)[:, :K].masked_fill(torch.rand(T, K) < 0.2, E)
+    ids = some_ids(T, E, K)
     plan = ops.make_plan(ids.to(device), E)
     x = torch.randint(-8, 9, (T, D)).to(device, torch.float32)
     y = torch.randint(-8, 9, (T * K, D)).to(device, torch.float32)
@@ -247,10 +242,6 @@ def test_bad_input_names_the_argument(bad, device):
     error, message, function, x, weights = bad
     plan = some_plan(device)
 
-    def place(value):
-        moves = isinstance(value, Tensor) and value.device.type != "meta"
-        return value.to(device) if moves else value
-
-    options = {} if weights is None else {"weights": place(weights)}
+    options = {} if weights is None else {"weights": to_device(weights, device)}
     with pytest.raises(error, match=message):
-        function(place(x), plan, **options)
+        function(to_device(x, device), plan, **options)

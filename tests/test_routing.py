@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from common import skip_narrow
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -89,11 +90,6 @@ NORMS = pytest.mark.parametrize("norm", (False, True), ids=("softmax", "renormal
 
 def by_name(cases):
     return pytest.mark.parametrize("case", cases, ids=[case.name for case in cases])
-
-
-def skip_narrow(kernels: str, device: str, dtype: torch.dtype) -> None:
-    if kernels == "triton" and device == "cpu" and dtype.itemsize == 2:
-        pytest.skip("the interpreter computes float32 and float64 only")
 
 
 def inputs(case: Case, device: str, dtype: torch.dtype):

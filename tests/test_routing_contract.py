@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from common import some_ids, to_device
 from torch import Tensor
 
 from flexmore_kernels import ops, validation
 from flexmore_kernels.testing import assert_same
-
-
-def some_ids(tokens: int, experts: int, top_k: int) -> Tensor:
-    """Distinct ids, a fifth of the slots empty."""
-    ids = torch.rand(tokens, experts).argsort(1)[:, :top_k]
-    return ids.masked_fill(torch.rand(tokens, top_k) < 0.2, experts)
 
 
 def some_mask(tokens: int, experts: int) -> Tensor:
@@ -127,11 +122,6 @@ BAD_INPUT = {
                         {"mask": torch.arange(3)[:, None].expand(3, 4) != 1}),
     "nan": (ValueError, "logits.*token 0, expert 2", (torch.tensor([[0, 1, NAN, 3.0]]),), {}),
 }  # fmt: skip
-
-
-def to_device(value, device: str):
-    moves = isinstance(value, Tensor) and value.device.type != "meta"
-    return value.to(device) if moves else value
 
 
 @pytest.mark.parametrize("bad", BAD_INPUT.values(), ids=BAD_INPUT)

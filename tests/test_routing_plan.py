@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from common import some_ids
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,11 +16,6 @@ from torch import Tensor
 import reference
 from flexmore_kernels import backend, ops
 from flexmore_kernels.testing import assert_same
-
-
-def random_ids(tokens: int, experts: int, top_k: int, empty: float = 0.2) -> Tensor:
-    ids = torch.rand(tokens, experts).argsort(1)[:, :top_k].contiguous()
-    return ids.masked_fill(torch.rand(tokens, top_k) < empty, experts)
 
 
 def assert_plan(indices: Tensor, num_experts: int) -> None:
@@ -50,7 +46,7 @@ PLANS = {
 @pytest.mark.parametrize("shape", PLANS.values(), ids=PLANS)
 def test_plan_is_a_stable_sort(shape, device, kernels):
     tokens, experts, top_k = shape
-    assert_plan(random_ids(tokens, experts, top_k).to(device), experts)
+    assert_plan(some_ids(tokens, experts, top_k).to(device), experts)
 
 
 @pytest.mark.parametrize("name", ("starved", "all_to_one", "all_empty", "one_set"))
@@ -70,7 +66,7 @@ def test_plan_of_any_shape(data, device, kernels):
     E = data.draw(st.integers(1, 20))
     shape = data.draw(st.integers(0, 20)), E, data.draw(st.integers(1, E))
     torch.manual_seed(data.draw(st.integers(0, 99)))
-    assert_plan(random_ids(*shape, data.draw(st.sampled_from((0.0, 0.4)))).to(device), E)
+    assert_plan(some_ids(*shape, data.draw(st.sampled_from((0.0, 0.4)))).to(device), E)
 
 
 def test_plan_skips_ids_out_of_range(device, kernels):
@@ -83,13 +79,13 @@ def test_plan_skips_ids_out_of_range(device, kernels):
 
 
 def test_plan_has_the_same_bits_every_time(device, kernels):
-    ids = random_ids(200, 7, 5).to(device)
+    ids = some_ids(200, 7, 5).to(device)
     for first, again in zip(ops.make_plan(ids, 7)[:6], ops.make_plan(ids, 7)[:6], strict=True):
         assert_same(first, again)
 
 
 def test_plan_of_int32_and_strided_ids(device, kernels):
-    ids = random_ids(9, 6, 3).to(device)
+    ids = some_ids(9, 6, 3).to(device)
     want = ops.make_plan(ids, 6)
     for other in (ids.int(), ids.T.contiguous().T, ids.repeat_interleave(2, 1)[:, ::2]):
         for a, b in zip(ops.make_plan(other, 6)[:6], want[:6], strict=True):
