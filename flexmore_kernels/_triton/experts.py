@@ -7,10 +7,11 @@ a copy of the factors, a few percent of the base's bytes, never of the base. The
     z = A_e x (shrink)  ->  h = SwiGLU(G + B z, U + B z), mixed = sum_e p_e h_e (gated_mix)
     delta = B_d A_d h (shrink, expand)  ->  y = W_d mixed + sum_e p_e delta_e (cuBLAS, unpermute)
 
-where W_d mixed stays in float32 until the deltas are added. With few experts of small ranks all of
-this but the last shrink is token-major (token_major.py). Full-size experts fill their rows by
-grouped_gemm. Backward recomputes z and the pre-activation rows from the saved x, G, U, and pays the
-base once: one product each for dmixed, dx, and (only if wanted) the base's weight gradients.
+where W_d mixed stays in float32 until the deltas are added. With few experts the last line, but for
+its shrink, is token-major (token_major.py), and with small ranks the first one too. Full-size
+experts fill their rows by grouped_gemm. Backward recomputes z and the pre-activation rows from the
+saved x, G, U, and pays the base once: a product with each of its three weights, for dmixed and dx,
+and (only if wanted) one for each weight's gradient.
 """
 
 from __future__ import annotations
