@@ -2,7 +2,8 @@
 
 `_native` is the compiled library (CPU: C++; CUDA: CUDA C++), `_triton` runs on any GPU, `_aten` is
 plain PyTorch and runs everywhere. The rule is short: the compiled library where it has the stem,
-else Triton on a GPU and aten on a CPU. Tests and benchmarks choose otherwise with `use`.
+else Triton on a GPU and aten on a CPU; where a measurement says otherwise of one function on a GPU,
+its op asks for the other (`on_gpu`). Tests and benchmarks choose with `use`.
 """
 
 from __future__ import annotations
