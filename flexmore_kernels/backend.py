@@ -22,6 +22,7 @@ from torch import Tensor
 from . import native
 
 NAMES = ("native", "triton", "aten")
+STEMS = ("routing", "permutation", "grouped_gemm", "lowrank", "gated_mix", "experts")
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("forced", default=None)
 
@@ -43,7 +44,11 @@ def _triton_interprets() -> bool:
 
 def available(stem: str, device: torch.device | str) -> tuple[str, ...]:
     """Names of the kernels that can run `stem` on `device`, the preferred one first."""
-    kind = torch.device(device).type
+    return _available(stem, torch.device(device).type)
+
+
+@functools.cache
+def _available(stem: str, kind: str) -> tuple[str, ...]:
     names = []
     if stem in native.STEMS.get(kind, ()) and (
         native.cuda_runs_on() if kind == "cuda" else native.available()
@@ -63,17 +68,11 @@ def _module(name: str, stem: str) -> ModuleType:
     return importlib.import_module(f"flexmore_kernels._{name}.{stem}")
 
 
-@functools.cache
-def _preferred(stem: str, kind: str) -> str:
-    return available(stem, kind)[0]
-
-
 def chosen(stem: str, device: torch.device | str) -> str:
     """Name of the kernels that `stem` runs on `device`: `use`'s if it can, else the preferred."""
+    names = available(stem, device)
     forced = _forced.get()
-    if forced is not None and forced in available(stem, device):
-        return forced
-    return _preferred(stem, torch.device(device).type)
+    return forced if forced in names else names[0]
 
 
 def kernels(stem: str, tensor: Tensor, on_gpu: str | None = None) -> ModuleType:
@@ -81,10 +80,10 @@ def kernels(stem: str, tensor: Tensor, on_gpu: str | None = None) -> ModuleType:
 
     `on_gpu` names those that a measurement prefers for one function on a GPU, if they are there.
     """
-    device = tensor.device
-    if on_gpu and device.type == "cuda" and _forced.get() is None:
-        return _module(on_gpu if on_gpu in available(stem, device) else chosen(stem, device), stem)
-    return _module(chosen(stem, device), stem)
+    name = chosen(stem, tensor.device)
+    if tensor.is_cuda and _forced.get() is None and on_gpu in available(stem, tensor.device):
+        name = on_gpu
+    return _module(name, stem)
 
 
 @contextlib.contextmanager

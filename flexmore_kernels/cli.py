@@ -104,7 +104,6 @@ def _env(arguments: argparse.Namespace) -> int:
     import torch
 
     from . import __version__, backend, native
-    from .demo import STEMS
 
     print(f"flexmore_kernels  {__version__}")
     print(f"python            {platform.python_version()}, {platform.platform()}")
@@ -122,7 +121,7 @@ def _env(arguments: argparse.Namespace) -> int:
         devices.append("cuda")
         print(f"gpu               {torch.cuda.get_device_name()}")
     for device in devices:
-        for stem in STEMS:
+        for stem in backend.STEMS:
             others = [
                 n for n in backend.available(stem, device) if n != backend.chosen(stem, device)
             ]

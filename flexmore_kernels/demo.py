@@ -29,7 +29,6 @@ from .layer import FlexMoRE
 from .testing import Accuracy, accuracy, make_x, tree_map
 from .timing import median_ms
 
-STEMS = ("routing", "permutation", "grouped_gemm", "lowrank", "gated_mix", "experts")
 COLUMNS = ("ours", "fair eager", "published", "dense FFN")
 GPU_SIZES = {"hidden_size": 2048, "intermediate_size": 5504, "dtype": torch.bfloat16}
 RANKS_WIDTH = 30
@@ -203,7 +202,8 @@ def _print_head(
     for note in layout.notes:
         print(f"  note: {note}")
     print(f"{tokens} tokens, {name}, on {where}")
-    print("kernels: " + ", ".join(f"{stem} {backend.chosen(stem, device)}" for stem in STEMS))
+    chosen = (f"{stem} {backend.chosen(stem, device)}" for stem in backend.STEMS)
+    print("kernels: " + ", ".join(chosen))
     print()
     print(f"{'':{RANKS_WIDTH + 7}}{'error /':>10}{'milliseconds':>44}")
     titles = "".join(f"{column:>11}" for column in COLUMNS)

@@ -134,7 +134,7 @@ def _device_ints(values: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def ranks_tensor(ranks: tuple[int, ...], device: torch.device) -> Tensor:
-    """ranks as an int32 tensor (E,) on the device, made once per (ranks, device)."""
+    """ranks, or other ints a layer fixes for its experts, as int32 on the device, made once."""
     return _device_ints(tuple(ranks), device)
 
 

@@ -25,7 +25,6 @@ from flexmore_kernels import backend
 if importlib.util.find_spec("flexmore_kernels.reference") is None:
     sys.modules["flexmore_kernels.reference"] = reference
 
-STEMS = ("routing", "permutation", "grouped_gemm", "lowrank", "gated_mix", "experts")
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -41,7 +40,7 @@ settings.load_profile("house")
 
 def _kernel_names(stem: str, device: str) -> list[str]:
     """Kernels to try on a device: the file's own stem's, or all for the layers above the ops."""
-    stems = (stem,) if stem in STEMS and stem != "experts" else STEMS
+    stems = (stem,) if stem in backend.STEMS and stem != "experts" else backend.STEMS
     names = {name for s in stems for name in backend.available(s, device)}
     if device == "cpu" and INTERPRET:
         # The interpreter's process tests nothing but the Triton kernels: all else ran without it.

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import backend
 from ..projection import FULL, Projection
-from ..ragged import MAX_SET_EXPERTS, RoutingPlan, packed_size, rows_to_slots
+from ..ragged import MAX_SET_EXPERTS, RoutingPlan, packed_size, ranks_tensor, rows_to_slots
 from . import token_major
 
 RANK_MULTIPLE = 16
@@ -99,16 +99,13 @@ class _Layer:
         """Slot weights, 0 where the slot's expert is full-size in this projection; None means 1."""
         if not side.has_extra_full:
             return weights
-        full = torch.zeros(len(side.layout) + 1, dtype=torch.bool, device=self.x.device)
-        for e, kind in enumerate(side.layout):
-            if e and kind == FULL:
-                full[e : e + 1].fill_(True)
-        ids = self.plan.indices
-        ids = torch.where((ids < 0) | (ids >= len(side.layout)), len(side.layout), ids)
+        ids, num_experts = self.plan.indices, len(side.layout)
+        full = (0, *(int(kind == FULL) for kind in side.layout[1:]), 0)  # last: an empty slot
+        ids = torch.where((ids < 0) | (ids >= num_experts), num_experts, ids)
         if weights is None:
-            dtype = torch.float64 if self.x.dtype == torch.float64 else torch.float32
-            weights = torch.ones(ids.shape, dtype=dtype, device=ids.device)
-        return weights.masked_fill(full[ids], 0)
+            acc = torch.promote_types(self.x.dtype, torch.float32)
+            weights = torch.ones(ids.shape, dtype=acc, device=ids.device)
+        return weights.masked_fill(ranks_tensor(full, ids.device)[ids] > 0, 0)
 
     def preactivations(self, gate_TF, up_TF, z) -> list[Tensor]:
         """Rows (N, F) of gate and up before the nonlinearity."""
@@ -156,7 +153,7 @@ def forward(x, indices, weights, sides) -> tuple[Tensor, Tensor, Tensor]:
 def _hidden(layer: _Layer, gate_TF, up_TF, weights) -> tuple[Tensor, Tensor]:
     """mixed (T, F) and h (N, F); of h, the rows of experts with a delta or weight of their own."""
     gate, up, down = layer.sides
-    low_gate, low_up, low_down = layer.packed
+    low_gate, low_up, _ = layer.packed
     plan, x = layer.plan, layer.x
     extra_full = gate.has_extra_full or up.has_extra_full
     if not extra_full and token_major.serves(plan.num_experts, low_gate.ranks, low_up.ranks):
@@ -209,8 +206,8 @@ def backward(dy, x, indices, weights, gate_TF, up_TF, sides, needs, side_needs):
     dbases = []
     for index, side in enumerate(sides[:2]):
         wanted = need_x or side_needs[index].full[0]
-        ones = layer.base_weights(side, None)
-        dbases.append(layer.unpermute(drows[index], ones) if wanted else None)
+        dbase = layer.unpermute(drows[index], layer.base_weights(side, None)) if wanted else None
+        dbases.append(dbase)
         if side_needs[index].full[0]:
             grads[index]["full"][0] = dbases[index].T @ x
     if side_needs[2].full[0]:
