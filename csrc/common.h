@@ -89,10 +89,14 @@ inline void check_make_plan(const Tensor& indices_TK, int64_t num_experts, bool 
                     "num_experts must be positive, and at most 8 to sort by expert set; got ",
                     num_experts);
 }
-inline void check_permute(const Tensor& x_TD, const Tensor& row_to_slot_N, int64_t top_k) {
+inline void check_permute(const Tensor& x_TD, const Tensor& row_to_slot_N,
+                          const Tensor& slot_to_row_TK) {
     check_tensor(x_TD, "x", 2, x_TD.scalar_type());
     check_tensor(row_to_slot_N, "row_to_slot", 1, ScalarType::Int);
-    STD_TORCH_CHECK(top_k >= 1, "top_k must be positive, got ", top_k);
+    check_tensor(slot_to_row_TK, "slot_to_row", 2, ScalarType::Int);
+    STD_TORCH_CHECK(slot_to_row_TK.size(1) >= 1, "slot_to_row must have a slot a token");
+    check_size(slot_to_row_TK, "slot_to_row", 0, x_TD.size(0));
+    check_size(row_to_slot_N, "row_to_slot", 0, slot_to_row_TK.numel());
 }
 inline void check_unpermute(const Tensor& x_ND, const Tensor& slot_to_row_TK,
                             const OptionalTensor& weights_TK, const OptionalTensor& base_TD) {

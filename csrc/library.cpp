@@ -45,7 +45,7 @@ STABLE_TORCH_LIBRARY(flexmore_native, m) {
         "make_plan(Tensor indices, int num_experts, bool by_set)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 
-    m.def("permute(Tensor x, Tensor row_to_slot, int top_k) -> Tensor");
+    m.def("permute(Tensor x, Tensor row_to_slot, Tensor slot_to_row) -> Tensor");
     m.def("unpermute(Tensor x, Tensor slot_to_row, Tensor? weights, Tensor? base) -> Tensor");
     m.def(
         "unpermute_backward(Tensor dy, Tensor x, Tensor row_to_slot, Tensor weights)"

@@ -170,8 +170,8 @@ def test_permutation_and_gated_mix(dtype, width, vector_width):
     row_to_slot, slot_to_row, offsets, *_ = routing.make_plan(some_ids(T, E, K), E, True)
     weights = torch.rand(T, K, dtype=acc(dtype))
     x, dy, drows = (torch.randn(n, width).to(dtype) for n in (T, T, T * K))
-    rows = permutation.permute(x, row_to_slot, K)
-    assert torch.equal(rows, aten_permutation.permute(x, row_to_slot, K))
+    rows = permutation.permute(x, row_to_slot, slot_to_row)
+    assert torch.equal(rows, aten_permutation.permute(x, row_to_slot, slot_to_row))
     for w in (None, weights):
         for base in (None, x, torch.randn(T, width, dtype=acc(dtype))):
             arguments = (rows, slot_to_row, w, base)

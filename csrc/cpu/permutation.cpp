@@ -7,9 +7,9 @@
 namespace flexmore::cpu {
 namespace {
 
-Tensor permute(Tensor x_TD, Tensor row_to_slot_N, int64_t top_k) {
-    check_permute(x_TD, row_to_slot_N, top_k);
-    const int64_t T = x_TD.size(0), D = x_TD.size(1), N = row_to_slot_N.size(0);
+Tensor permute(Tensor x_TD, Tensor row_to_slot_N, Tensor slot_to_row_TK) {
+    check_permute(x_TD, row_to_slot_N, slot_to_row_TK);
+    const int64_t D = x_TD.size(1), N = row_to_slot_N.size(0), K = slot_to_row_TK.size(1);
     Tensor x_ND = empty(x_TD, {N, D}, x_TD.scalar_type());
     const int32_t* row_to_slot = data<int32_t>(row_to_slot_N);
     dispatch(x_TD.scalar_type(), [&](auto tag) {
@@ -17,11 +17,11 @@ Tensor permute(Tensor x_TD, Tensor row_to_slot_N, int64_t top_k) {
         const Elem* x = data<Elem>(x_TD);
         Elem* out = mutable_data<Elem>(x_ND);
         for_rows(N, D, [&](int64_t n) {
-            const int64_t t = row_to_slot[n] / top_k;
-            if (row_to_slot[n] < 0 || t >= T) {
+            const int64_t slot = row_to_slot[n];
+            if (slot < 0) {
                 std::memset(out + n * D, 0, sizeof(Elem) * D);
             } else {
-                std::memcpy(out + n * D, x + t * D, sizeof(Elem) * D);
+                std::memcpy(out + n * D, x + slot / K * D, sizeof(Elem) * D);
             }
         });
     });

@@ -1,10 +1,10 @@
 // Permutation on CUDA. Mathematics: reference/permutation.py.
 //
 // All three kernels move bytes; s is the element size, 8 bytes an accumulator in double else 4.
-//   permute             reads N D s + 4 N, writes N D s
+//   permute             reads T D s + 8 N, writes N D s
 //   unpermute           reads N D s + 8 N (+ T D of the base), writes T D s;   2 N D flops
 //   unpermute_backward  reads 2 N D s + 8 N (dy mostly from L2), writes N D s; 3 N D flops
-// At D=4096, N=81920 (16384 tokens, 5 of 7 experts), bf16, 3.0 TB/s: 0.45, 0.27 and 0.49 ms (the
+// At D=4096, N=81920 (16384 tokens, 5 of 7 experts), bf16, 3.0 TB/s: 0.27, 0.27 and 0.49 ms (the
 // last with dy from memory once: 0.49; N times: 0.67).
 // Accesses are 16 bytes where pointers and the row length allow it, else one element. Indices are
 // 64-bit. No atomics: each output is written by one thread, sums are in a fixed order.
@@ -17,30 +17,35 @@ namespace {
 
 // ---- permute: a copy, so elements are just words of 16, 8, 4 or 2 bytes.
 
-// One block per row and per kWordsPerThread * blockDim.x words of it.
-constexpr int kWordsPerThread = 4;
+constexpr int kWordsPerThread = 2;
 constexpr int kMaxThreads = 256;
 
+// One block per token and per kWordsPerThread * blockDim.x words of it: reads them once, writes
+// them to the rows of the token's slots. Row by row instead, a token comes back once for each of
+// its experts, long after it left the L2 cache. The tail, as many rows as there are empty slots, is
+// zeroed by the blocks whose slots have the tail's row numbers.
 template <class Word>
 __global__ void __launch_bounds__(kMaxThreads)
-    permute_kernel(const Word* __restrict__ x, const int32_t* __restrict__ row_to_slot, int top_k,
-                   int64_t num_tokens, int64_t words, Word* __restrict__ out) {
-    const int64_t n = blockIdx.x;
-    const int32_t slot = row_to_slot[n];
-    const int64_t t = slot / top_k;
-    const bool routed = slot >= 0 && t < num_tokens;
+    permute_kernel(const Word* __restrict__ x, const int32_t* __restrict__ row_to_slot,
+                   const int32_t* __restrict__ slot_to_row, int top_k, int64_t words,
+                   Word* __restrict__ out) {
+    const int64_t t = blockIdx.x;
     const int64_t first = int64_t(blockIdx.y) * kWordsPerThread * blockDim.x + threadIdx.x;
     Word word[kWordsPerThread];
 #pragma unroll
     for (int j = 0; j < kWordsPerThread; ++j) {
         const int64_t i = first + int64_t(j) * blockDim.x;
-        word[j] = Word{};
-        if (routed && i < words) word[j] = x[t * words + i];
+        word[j] = i < words ? x[t * words + i] : Word{};
     }
+    for (int64_t slot = t * top_k; slot < (t + 1) * top_k; ++slot) {
+        const int32_t row = slot_to_row[slot];
+        const bool in_tail = row_to_slot[slot] < 0;
 #pragma unroll
-    for (int j = 0; j < kWordsPerThread; ++j) {
-        const int64_t i = first + int64_t(j) * blockDim.x;
-        if (i < words) out[n * words + i] = word[j];
+        for (int j = 0; j < kWordsPerThread; ++j) {
+            const int64_t i = first + int64_t(j) * blockDim.x;
+            if (i < words && row >= 0) out[row * words + i] = word[j];
+            if (i < words && in_tail) out[slot * words + i] = Word{};
+        }
     }
 }
 
@@ -50,23 +55,22 @@ int threads_for(int64_t words) {
 }
 
 template <class Word>
-void launch_permute(const Tensor& x_TD, const Tensor& row_to_slot_N, int64_t top_k,
+void launch_permute(const Tensor& x_TD, const Tensor& row_to_slot_N, const Tensor& slot_to_row_TK,
                     int64_t row_bytes, const Tensor& x_ND) {
     const int64_t words = row_bytes / int64_t(sizeof(Word));
-    const int threads = threads_for(words);
+    const int threads = threads_for(ceil_div(words, kWordsPerThread));
     const int64_t columns = ceil_div(words, int64_t(kWordsPerThread) * threads);
     STD_TORCH_CHECK(columns <= 65535, "rows of ", row_bytes, " bytes are too long");
-    const dim3 grid(grid_size(row_to_slot_N.size(0)), static_cast<unsigned>(columns));
+    const dim3 grid(grid_size(x_TD.size(0)), static_cast<unsigned>(columns));
     permute_kernel<Word><<<grid, threads, 0, current_stream(x_TD)>>>(
-        data<Word>(x_TD), data<int32_t>(row_to_slot_N), static_cast<int>(top_k), x_TD.size(0),
-        words, mutable_data<Word>(x_ND));
+        data<Word>(x_TD), data<int32_t>(row_to_slot_N), data<int32_t>(slot_to_row_TK),
+        static_cast<int>(slot_to_row_TK.size(1)), words, mutable_data<Word>(x_ND));
     check_launch("permute");
 }
 
-Tensor permute(Tensor x_TD, Tensor row_to_slot_N, int64_t top_k) {
-    check_permute(x_TD, row_to_slot_N, top_k);
-    check_same_device(x_TD, {&row_to_slot_N});
-    check_int32_range(top_k, "top_k");
+Tensor permute(Tensor x_TD, Tensor row_to_slot_N, Tensor slot_to_row_TK) {
+    check_permute(x_TD, row_to_slot_N, slot_to_row_TK);
+    check_same_device(x_TD, {&row_to_slot_N, &slot_to_row_TK});
     const OnDevice guard(x_TD);
     const int64_t N = row_to_slot_N.size(0), D = x_TD.size(1);
     Tensor x_ND = empty(x_TD, {N, D}, x_TD.scalar_type());
@@ -78,13 +82,13 @@ Tensor permute(Tensor x_TD, Tensor row_to_slot_N, int64_t top_k) {
                    aligned(x_ND.const_data_ptr(), bytes, width);
         };
         if (fits(16)) {
-            launch_permute<uint4>(x_TD, row_to_slot_N, top_k, bytes, x_ND);
+            launch_permute<uint4>(x_TD, row_to_slot_N, slot_to_row_TK, bytes, x_ND);
         } else if (fits(8)) {
-            launch_permute<uint64_t>(x_TD, row_to_slot_N, top_k, bytes, x_ND);
+            launch_permute<uint64_t>(x_TD, row_to_slot_N, slot_to_row_TK, bytes, x_ND);
         } else if (fits(4)) {
-            launch_permute<uint32_t>(x_TD, row_to_slot_N, top_k, bytes, x_ND);
+            launch_permute<uint32_t>(x_TD, row_to_slot_N, slot_to_row_TK, bytes, x_ND);
         } else {
-            launch_permute<uint16_t>(x_TD, row_to_slot_N, top_k, bytes, x_ND);
+            launch_permute<uint16_t>(x_TD, row_to_slot_N, slot_to_row_TK, bytes, x_ND);
         }
     });
     return x_ND;

@@ -2,12 +2,16 @@
 // expert set. Mathematics: reference/routing.py. Included by routing.cu only.
 //
 // Floor: reads 8 N bytes of ids, writes 8 N + 4 E (and 4 T + 4 T E by set): 2 MB at T=16384, E=7,
-// K=5, below a microsecond of memory time. One launch up to kOneBlockSlots slots, three above.
+// K=5, below a microsecond of memory time, so it is launches and waiting: one launch up to
+// kOneBlockSlots slots, two above.
 //
 // Tokens are cut into chunks, one block each, whose warps own contiguous slices. A warp counts and
 // ranks 32 keys at a time: match_any finds the lanes of equal key, the popcount of those below is
 // the rank, the lowest lane adds the group's size to the warp's own counter. So ranks are stable,
 // every counter has one writer, and there are no atomics. Nothing is read back to the host.
+//
+// With several chunks, a first launch counts, and each block of the second sums what the chunks
+// before it have counted. All blocks read all counts, from the L2 cache: kMaxCounts bounds them.
 #pragma once
 
 #include <tuple>
@@ -17,23 +21,26 @@
 namespace flexmore::cuda {
 namespace {
 
-constexpr int64_t kOneBlockSlots = 8192;
-constexpr int64_t kChunkSlots = 2048;  // per block, at least
+constexpr int64_t kOneBlockSlots = 4096;
+constexpr int64_t kChunkSlots = 512;  // per block, at least
 constexpr int64_t kMaxChunks = 128;
+constexpr int64_t kMaxCounts = 32768;  // (keys, chunks)
 constexpr int kMaxKeys = 1024;
 constexpr int kMaxSetExperts = 8;
 
 struct Plan {
     const int64_t* indices;
     int32_t *row_to_slot, *slot_to_row, *row_offsets, *token_order, *expert_to_row;
-    // (keys, chunks) each: how many of the chunk's slots (tokens) have the key; after the scan,
-    // the position of the first of them.
+    // (chunks, keys) each: how many of the chunk's slots (tokens) have the key.
     int32_t *expert_counts, *set_counts;
     int64_t num_tokens, chunk_tokens;
     int num_experts, top_k, num_chunks;
     bool by_set;
 
     __host__ __device__ int num_sets() const { return by_set ? 1 << num_experts : 0; }
+    __host__ __device__ int max_keys() const {
+        return num_experts > num_sets() ? num_experts : num_sets();
+    }
     // The slot's expert, or -1 for an empty slot.
     __device__ __forceinline__ int expert(int64_t slot) const {
         const int64_t e = indices[slot];
@@ -50,16 +57,19 @@ struct Plan {
 };
 
 // Calls f(i, key) for this warp's slice of [begin, end) in order, in all lanes of the warp (for
-// i past the slice with key -1).
+// i past the slice with key -1). The next key is on its way while f works on this one.
 template <class Key, class F>
 __device__ __forceinline__ void for_slice(int64_t begin, int64_t end, const Key& key, const F& f) {
     const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int64_t slice = ((end - begin + warps - 1) / warps + 31) / 32 * 32;
     const int64_t first = begin + warp * slice;
     const int64_t stop = first + slice < end ? first + slice : end;
-    for (int64_t base = first; base < stop; base += 32) {
-        const int64_t i = base + lane;
-        f(i, i < stop ? key(i) : -1);
+    const auto key_of = [&](int64_t i) { return i < stop ? key(i) : -1; };
+    int next = key_of(first + lane);
+    for (int64_t i = first + lane; i - lane < stop; i += 32) {
+        const int now = next;
+        next = key_of(i + 32);
+        f(i, now);
     }
 }
 
@@ -80,14 +90,14 @@ __device__ void count_keys(int64_t begin, int64_t end, int num_keys, int32_t* co
     __syncthreads();
 }
 
-// Turns counts[warp][key] into the position of the warp's first entry of that key; start(key) is
-// the block's first. Then calls emit(i, key, position) for every i, key -1 included.
-template <class Key, class Start, class Emit>
-__device__ void rank_keys(int64_t begin, int64_t end, int num_keys, int32_t* counts, const Key& key,
-                          const Start& start, const Emit& emit) {
+// Turns counts[warp][key] into the position of the warp's first entry of that key, starts[key]
+// being the block's. Then calls emit(i, key, position) for every i, key -1 included.
+template <class Key, class Emit>
+__device__ void rank_keys(int64_t begin, int64_t end, int num_keys, int32_t* counts,
+                          const int32_t* starts, const Key& key, const Emit& emit) {
     const int warps = blockDim.x / 32;
     for (int k = threadIdx.x; k < num_keys; k += blockDim.x) {
-        int32_t position = start(k);
+        int32_t position = starts[k];
         for (int w = 0; w < warps; ++w) {
             const int32_t count = counts[w * num_keys + k];
             counts[w * num_keys + k] = position;
@@ -109,26 +119,72 @@ __device__ void rank_keys(int64_t begin, int64_t end, int num_keys, int32_t* cou
     __syncthreads();
 }
 
-// starts[key] = sum over smaller keys of counts[*][key]; starts[num_keys] = all. By the first warp.
-__device__ void scan_keys(int num_keys, const int32_t* counts, int32_t* starts) {
-    const int warps = blockDim.x / 32, lane = threadIdx.x % 32;
+// Turns starts[key], the key's total, into the sum of the totals of smaller keys; starts[num_keys]
+// becomes the sum of all. By the first warp.
+__device__ void scan_totals(int num_keys, int32_t* starts) {
+    const int lane = threadIdx.x % 32;
     if (threadIdx.x < 32) {
         int32_t running = 0;
         for (int base = 0; base < num_keys; base += 32) {
             const int k = base + lane;
-            int32_t count = 0;
-            for (int w = 0; w < warps && k < num_keys; ++w) count += counts[w * num_keys + k];
-            int32_t inclusive = count;
+            const int32_t total = k < num_keys ? starts[k] : 0;
+            int32_t inclusive = total;
             for (int offset = 1; offset < 32; offset *= 2) {
                 const int32_t below = __shfl_up_sync(kFullWarp, inclusive, offset);
                 if (lane >= offset) inclusive += below;
             }
-            if (k < num_keys) starts[k] = running + inclusive - count;
+            if (k < num_keys) starts[k] = running + inclusive - total;
             running += __shfl_sync(kFullWarp, inclusive, 31);
         }
         if (lane == 0) starts[num_keys] = running;
     }
     __syncthreads();
+}
+
+// How many threads share the sum over the chunks of one key.
+__host__ __device__ __forceinline__ int threads_per_key(int threads, int num_keys) {
+    return threads > num_keys ? threads / num_keys : 1;
+}
+
+// starts[key] = where this block's first entry of the key goes; starts[num_keys] = the number of
+// all entries. One block sums its counts[warp][key]; of several, each sums
+// chunk_counts[chunk][key], over all chunks and over those before its own, by way of
+// scratch[2][threads_per_key][key].
+template <bool OneBlock>
+__device__ void find_starts(int num_keys, int num_chunks, const int32_t* counts,
+                            const int32_t* chunk_counts, int32_t* starts, int32_t* scratch) {
+    const int parts = OneBlock ? int(blockDim.x / 32) : threads_per_key(blockDim.x, num_keys);
+    if constexpr (!OneBlock) {
+        for (int i = threadIdx.x; i < parts * num_keys; i += blockDim.x) {
+            const int k = i % num_keys;
+            int32_t all = 0, before = 0;
+#pragma unroll 8
+            for (int c = i / num_keys; c < num_chunks; c += parts) {
+                const int32_t count = chunk_counts[c * num_keys + k];
+                all += count;
+                before += c < int(blockIdx.x) ? count : 0;
+            }
+            scratch[i] = all;
+            scratch[parts * num_keys + i] = before;
+        }
+        __syncthreads();
+    }
+    const auto sum_of_parts = [&](const int32_t* of, int k) {
+        int32_t sum = 0;
+        for (int part = 0; part < parts; ++part) sum += of[part * num_keys + k];
+        return sum;
+    };
+    for (int k = threadIdx.x; k < num_keys; k += blockDim.x) {
+        starts[k] = sum_of_parts(OneBlock ? counts : scratch, k);
+    }
+    __syncthreads();
+    scan_totals(num_keys, starts);
+    if constexpr (!OneBlock) {
+        for (int k = threadIdx.x; k < num_keys; k += blockDim.x) {
+            starts[k] += sum_of_parts(scratch + parts * num_keys, k);
+        }
+        __syncthreads();
+    }
 }
 
 // The token's row of expert_to_row: reads the slot_to_row that this block has just written.
@@ -148,63 +204,21 @@ __device__ __forceinline__ void write_expert_rows(const Plan& p, int64_t t) {
     }
 }
 
-// Writes the rows of this block's tokens. OneBlock: the block holds all tokens and finds the starts
-// itself; else the counts' scan has found them.
-template <bool OneBlock>
-__global__ void plan_write_kernel(Plan p) {
-    extern __shared__ int32_t counts[];  // (warps, keys), then (keys + 1) starts
-    const int warps = blockDim.x / 32;
-    const int64_t begin = int64_t(blockIdx.x) * p.chunk_tokens;
-    const int64_t end =
-        begin + p.chunk_tokens < p.num_tokens ? begin + p.chunk_tokens : p.num_tokens;
-    int32_t* starts =
-        counts + warps * (p.num_experts > p.num_sets() ? p.num_experts : p.num_sets());
-
-    const auto expert = [&](int64_t slot) { return p.expert(slot); };
-    const int64_t begin_slot = begin * p.top_k, end_slot = end * p.top_k;
-    count_keys(begin_slot, end_slot, p.num_experts, counts, expert);
-    if constexpr (OneBlock) {
-        scan_keys(p.num_experts, counts, starts);
-        for (int e = threadIdx.x; e <= p.num_experts; e += blockDim.x) p.row_offsets[e] = starts[e];
-    }
-    const int32_t num_routed = OneBlock ? starts[p.num_experts] : p.row_offsets[p.num_experts];
-    rank_keys(
-        begin_slot, end_slot, p.num_experts, counts, expert,
-        [&](int e) {
-            return OneBlock ? starts[e] : p.expert_counts[e * p.num_chunks + blockIdx.x];
-        },
-        [&](int64_t slot, int, int32_t row) {
-            p.slot_to_row[slot] = row;
-            if (row >= 0) p.row_to_slot[row] = int32_t(slot);
-            // The tail: row number `slot` belongs to nobody.
-            if (slot >= num_routed) p.row_to_slot[slot] = -1;
-        });
-    if (!p.by_set) return;
-
-    const auto expert_set = [&](int64_t t) { return p.expert_set(t); };
-    count_keys(begin, end, p.num_sets(), counts, expert_set);
-    if constexpr (OneBlock) scan_keys(p.num_sets(), counts, starts);
-    rank_keys(
-        begin, end, p.num_sets(), counts, expert_set,
-        [&](int s) { return OneBlock ? starts[s] : p.set_counts[s * p.num_chunks + blockIdx.x]; },
-        [&](int64_t t, int, int32_t position) {
-            p.token_order[position] = int32_t(t);
-            write_expert_rows(p, t);
-        });
+__device__ __forceinline__ int64_t chunk_end(const Plan& p) {
+    const int64_t end = (int64_t(blockIdx.x) + 1) * p.chunk_tokens;
+    return end < p.num_tokens ? end : p.num_tokens;
 }
 
 // expert_counts and set_counts of this block's tokens.
 __global__ void plan_count_kernel(Plan p) {
     extern __shared__ int32_t counts[];
     const int warps = blockDim.x / 32;
-    const int64_t begin = int64_t(blockIdx.x) * p.chunk_tokens;
-    const int64_t end =
-        begin + p.chunk_tokens < p.num_tokens ? begin + p.chunk_tokens : p.num_tokens;
+    const int64_t begin = int64_t(blockIdx.x) * p.chunk_tokens, end = chunk_end(p);
     const auto store = [&](int num_keys, int32_t* out) {
         for (int k = threadIdx.x; k < num_keys; k += blockDim.x) {
             int32_t sum = 0;
             for (int w = 0; w < warps; ++w) sum += counts[w * num_keys + k];
-            out[k * p.num_chunks + blockIdx.x] = sum;
+            out[int(blockIdx.x) * num_keys + k] = sum;
         }
         __syncthreads();
     };
@@ -216,44 +230,41 @@ __global__ void plan_count_kernel(Plan p) {
     store(p.num_sets(), p.set_counts);
 }
 
-// Exclusive prefix sums in place: block 0 over expert_counts, giving row_offsets besides; block 1
-// over set_counts. A thread sums a contiguous piece, the block scans the pieces.
-constexpr int kScanThreads = 1024;
+// Writes the rows of this block's tokens. OneBlock: the block holds all tokens, nothing was counted
+// before.
+template <bool OneBlock>
+__global__ void plan_write_kernel(Plan p) {
+    extern __shared__ int32_t counts[];  // (warps, keys), (keys + 1) starts, scratch
+    const int keys = p.max_keys();
+    int32_t* starts = counts + blockDim.x / 32 * keys;
+    int32_t* scratch = starts + keys + 1;
+    const int64_t begin = int64_t(blockIdx.x) * p.chunk_tokens, end = chunk_end(p);
 
-__global__ void __launch_bounds__(kScanThreads) plan_scan_kernel(Plan p) {
-    __shared__ int32_t warp_sums[32];
-    int32_t* counts = blockIdx.x == 0 ? p.expert_counts : p.set_counts;
-    const int size = (blockIdx.x == 0 ? p.num_experts : p.num_sets()) * p.num_chunks;
-    const int piece = (size + kScanThreads - 1) / kScanThreads;
-    const int begin = min(int(threadIdx.x) * piece, size), end = min(begin + piece, size);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int32_t sum = 0;
-    for (int i = begin; i < end; ++i) sum += counts[i];
-    const auto inclusive_scan = [&](int32_t x) {
-#pragma unroll
-        for (int offset = 1; offset < 32; offset *= 2) {
-            const int32_t below = __shfl_up_sync(kFullWarp, x, offset);
-            if (lane >= offset) x += below;
-        }
-        return x;
-    };
-    const int32_t inclusive = inclusive_scan(sum);
-    if (lane == 31) warp_sums[warp] = inclusive;
-    __syncthreads();
-    if (warp == 0) warp_sums[lane] = inclusive_scan(warp_sums[lane]);
-    __syncthreads();
-    int32_t running = inclusive - sum + (warp > 0 ? warp_sums[warp - 1] : 0);
-    for (int i = begin; i < end; ++i) {
-        const int32_t count = counts[i];
-        counts[i] = running;
-        running += count;
+    const auto expert = [&](int64_t slot) { return p.expert(slot); };
+    const int64_t begin_slot = begin * p.top_k, end_slot = end * p.top_k;
+    count_keys(begin_slot, end_slot, p.num_experts, counts, expert);
+    find_starts<OneBlock>(p.num_experts, p.num_chunks, counts, p.expert_counts, starts, scratch);
+    if (blockIdx.x == 0) {
+        for (int e = threadIdx.x; e <= p.num_experts; e += blockDim.x) p.row_offsets[e] = starts[e];
     }
-    if (blockIdx.x != 0) return;
-    __syncthreads();
-    for (int e = threadIdx.x; e < p.num_experts; e += kScanThreads) {
-        p.row_offsets[e] = counts[e * p.num_chunks];
-    }
-    if (threadIdx.x == 0) p.row_offsets[p.num_experts] = warp_sums[31];
+    const int32_t num_routed = starts[p.num_experts];
+    rank_keys(begin_slot, end_slot, p.num_experts, counts, starts, expert,
+              [&](int64_t slot, int, int32_t row) {
+                  p.slot_to_row[slot] = row;
+                  if (row >= 0) p.row_to_slot[row] = int32_t(slot);
+                  // The tail: row number `slot` belongs to nobody.
+                  if (slot >= num_routed) p.row_to_slot[slot] = -1;
+              });
+    if (!p.by_set) return;
+
+    const auto expert_set = [&](int64_t t) { return p.expert_set(t); };
+    count_keys(begin, end, p.num_sets(), counts, expert_set);
+    find_starts<OneBlock>(p.num_sets(), p.num_chunks, counts, p.set_counts, starts, scratch);
+    rank_keys(begin, end, p.num_sets(), counts, starts, expert_set,
+              [&](int64_t t, int, int32_t position) {
+                  p.token_order[position] = int32_t(t);
+                  write_expert_rows(p, t);
+              });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> make_plan(Tensor indices_TK, int64_t num_experts,
@@ -281,25 +292,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> make_plan(Tensor indices_TK, 
     p.num_experts = static_cast<int>(E);
     p.top_k = static_cast<int>(K);
     p.by_set = by_set;
-    const int keys = std::max(p.num_experts, p.num_sets());
-    const int warps = keys <= 256 ? 32 : 8;  // a counter per warp and key: 32 KB of shared memory
-    const size_t shared = sizeof(int32_t) * (size_t(warps) * keys + keys + 1);
+    const int keys = p.max_keys();
+    const bool one_block = N <= kOneBlockSlots;
+    // A counter per warp and key: at most 32 KB of shared memory.
+    const int warps = keys > 256 ? 8 : one_block ? 32 : 16;
+    const int parts = one_block ? 0 : threads_per_key(32 * warps, keys);
+    const size_t shared = sizeof(int32_t) * (size_t(warps) * keys + keys + 1 + 2 * parts * keys);
 
-    if (N <= kOneBlockSlots) {
+    if (one_block) {
         p.chunk_tokens = T;
         p.num_chunks = 1;
         plan_write_kernel<true><<<1, 32 * warps, shared, stream>>>(p);
         check_launch("make_plan");
     } else {
-        p.chunk_tokens = std::max(ceil_div(T, kMaxChunks), ceil_div(kChunkSlots, K));
+        const int64_t counted = E + p.num_sets();
+        const int64_t max_chunks = std::min(kMaxChunks, kMaxCounts / counted);
+        p.chunk_tokens = std::max(ceil_div(T, max_chunks), ceil_div(kChunkSlots, K));
         p.num_chunks = static_cast<int>(ceil_div(T, p.chunk_tokens));
-        Tensor workspace = ints({(E + p.num_sets()) * p.num_chunks});
+        Tensor workspace = ints({counted * p.num_chunks});
         p.expert_counts = mutable_data<int32_t>(workspace);
         p.set_counts = p.expert_counts + E * p.num_chunks;
         plan_count_kernel<<<p.num_chunks, 32 * warps, shared, stream>>>(p);
         check_launch("make_plan: count");
-        plan_scan_kernel<<<by_set ? 2 : 1, kScanThreads, 0, stream>>>(p);
-        check_launch("make_plan: scan");
         plan_write_kernel<false><<<p.num_chunks, 32 * warps, shared, stream>>>(p);
         check_launch("make_plan: write");
     }

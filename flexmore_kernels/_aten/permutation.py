@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 
-def permute(x_TD: Tensor, row_to_slot_N: Tensor, top_k: int) -> Tensor:
+def permute(x_TD: Tensor, row_to_slot_N: Tensor, slot_to_row_TK: Tensor) -> Tensor:
     """x_ND; tail rows are zero."""
     if x_TD.shape[0] == 0:
         return x_TD.new_zeros(row_to_slot_N.shape[0], x_TD.shape[1])
-    x_ND = x_TD.index_select(0, row_to_slot_N.clamp(min=0) // top_k)
+    x_ND = x_TD.index_select(0, row_to_slot_N.clamp(min=0) // slot_to_row_TK.shape[1])
     return x_ND.masked_fill_((row_to_slot_N < 0)[:, None], 0)
 
 

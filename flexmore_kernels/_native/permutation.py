@@ -8,9 +8,9 @@ from torch import Tensor
 _ops = torch.ops.flexmore_native
 
 
-def permute(x_TD: Tensor, row_to_slot_N: Tensor, top_k: int) -> Tensor:
+def permute(x_TD: Tensor, row_to_slot_N: Tensor, slot_to_row_TK: Tensor) -> Tensor:
     """x_ND; tail rows are zero."""
-    return _ops.permute(x_TD, row_to_slot_N, top_k)
+    return _ops.permute(x_TD, row_to_slot_N, slot_to_row_TK)
 
 
 def unpermute(

@@ -90,7 +90,7 @@ class _Layer:
             kernels.grouped_gemm(x, side.extra_full, self.plan.row_offsets, transpose, out)
 
     def permute(self, x: Tensor) -> Tensor:
-        return self.permutation.permute(x, self.plan.row_to_slot, self.top_k)
+        return self.permutation.permute(x, self.plan.row_to_slot, self.plan.slot_to_row)
 
     def unpermute(self, x, weights=None, base=None) -> Tensor:
         return self.permutation.unpermute(x, self.plan.slot_to_row, weights, base)

@@ -1,7 +1,7 @@
 """Moving rows to experts and back in Triton. Maths: reference/permutation.py.
 
-Every kernel gathers: a program owns whole output elements and reads where the plan says, so nothing
-is added concurrently and the bits never change. All are bound by memory traffic.
+A program owns whole output elements and sums in a fixed order, so nothing is added concurrently and
+the bits never change. All are bound by memory traffic.
 """
 
 import torch
@@ -12,20 +12,29 @@ from torch import Tensor
 from . import tiles
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["T"])
 def _permute(
-    x_ptr, row_to_slot_ptr, out_ptr, N, D,
+    x_ptr, row_to_slot_ptr, slot_to_row_ptr, out_ptr, T, D,
     K: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Reads a token once and writes all its rows. The tail, as many rows as there are empty slots,
+    is zeroed by the programs whose slots have the tail's row numbers.
+    """
     pid = tl.program_id(0)
     blocks = tl.cdiv(D, BLOCK_D)
-    row = (pid // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    token = (pid // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = (pid % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
-    slot = tl.load(row_to_slot_ptr + row, mask=row < N, other=-1)
-    token = (slot // K).to(tl.int64)
-    used = (slot >= 0)[:, None] & (d < D)[None, :]
-    x = tl.load(x_ptr + token[:, None] * D + d[None, :], mask=used, other=0)
-    tl.store(out_ptr + row[:, None] * D + d[None, :], x, mask=(row < N)[:, None] & (d < D)[None, :])
+    inside = (token < T)[:, None] & (d < D)[None, :]
+    x = tl.load(x_ptr + token[:, None] * D + d[None, :], mask=inside, other=0)
+    zeros = tl.zeros((ROWS, BLOCK_D), out_ptr.dtype.element_ty)
+    for k in range(K):
+        slot = token * K + k
+        row = tl.load(slot_to_row_ptr + slot, mask=token < T, other=-1).to(tl.int64)
+        out_at = out_ptr + row[:, None] * D + d[None, :]
+        tl.store(out_at, x, mask=inside & (row >= 0)[:, None])
+        routed = tl.load(row_to_slot_ptr + slot, mask=token < T, other=0) >= 0
+        tail_at = out_ptr + slot[:, None] * D + d[None, :]
+        tl.store(tail_at, zeros, mask=inside & ~routed[:, None])
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -85,15 +94,15 @@ def _programs(rows: int, D: int, tile: dict[str, int]) -> int:
     return triton.cdiv(rows, tile["ROWS"]) * triton.cdiv(D, tile["BLOCK_D"])
 
 
-def permute(x_TD: Tensor, row_to_slot_N: Tensor, top_k: int) -> Tensor:
+def permute(x_TD: Tensor, row_to_slot_N: Tensor, slot_to_row_TK: Tensor) -> Tensor:
     """Rows (N, D): row n is the token of slot row_to_slot[n]; zeros in the tail."""
-    D, N = x_TD.shape[1], row_to_slot_N.shape[0]
-    out_ND = x_TD.new_empty(N, D)
-    if N and D:
+    (T, D), K = x_TD.shape, slot_to_row_TK.shape[1]
+    out_ND = x_TD.new_empty(row_to_slot_N.shape[0], D)
+    if T and D:
         tile = _tile(D, x_TD.dtype.itemsize)
         with tiles.device_guard(x_TD):
-            _permute[(_programs(N, D, tile),)](
-                x_TD, row_to_slot_N, out_ND, N, D, K=top_k, **tile, num_warps=4
+            _permute[(_programs(T, D, tile),)](
+                x_TD, row_to_slot_N, slot_to_row_TK, out_ND, T, D, K=K, **tile, num_warps=4
             )
     return out_ND
 

@@ -53,8 +53,7 @@ def unpermute(x: Tensor, plan: RoutingPlan, weights: Tensor | None = None) -> Te
 
 
 def _permute(x, row_to_slot, slot_to_row):
-    kernels = backend.kernels(_kernels, x)
-    return kernels.permute(x.contiguous(), row_to_slot, slot_to_row.shape[1])
+    return backend.kernels(_kernels, x).permute(x.contiguous(), row_to_slot, slot_to_row)
 
 
 def _permute_fake(x, row_to_slot, slot_to_row):
