@@ -175,6 +175,20 @@ def test_files_stay_short(folder):
     assert long == {}
 
 
+def test_launched_kernels_carry_the_package_s_name():
+    """Profilers, sanitizers and nsys show a Triton kernel by its function's name alone."""
+    found = []
+    for path in sorted((PACKAGE / "_triton").glob("*.py")):
+        source = path.read_text()
+        for node in ast.parse(source).body:
+            text = ast.get_source_segment(source, node) or ""
+            jit = any("triton.jit" in ast.unparse(d) for d in getattr(node, "decorator_list", ()))
+            if jit and "tl.program_id" in text:
+                found.append(node.name)
+    assert len(found) > 10
+    assert [name for name in found if not name.startswith("flexmore_")] == []
+
+
 def test_environment_is_no_interface():
     for path in [*python_files("flexmore_kernels"), *python_files("reference")]:
         names = set(re.findall(r"os\.environ|os\.getenv|getenv\(", path.read_text()))

@@ -56,7 +56,7 @@ def _count_block(
 
 
 @triton.jit(do_not_specialize=["N", "T", "row_blocks", "token_blocks"])
-def _count(
+def flexmore_plan_count(
     indices_ptr, ranks_ptr, counts_ptr, N, T, row_blocks, token_blocks,
     E: tl.constexpr, K: tl.constexpr, SETS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -73,13 +73,13 @@ def _count(
 
 
 @triton.jit(do_not_specialize=["N", "T", "row_blocks", "token_blocks"])
-def _place(
+def flexmore_plan_place(
     indices_ptr, ranks_ptr, ends_ptr, row_to_slot_ptr, slot_to_row_ptr, row_offsets_ptr,
     token_order_ptr, expert_to_row_ptr, N, T, row_blocks, token_blocks,
     E: tl.constexpr, E_PAD: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr,
     SETS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """ends: the inclusive sum of `_count`'s counts, so what precedes entry i is ends[i - 1]."""
+    """ends: the inclusive sum of the blocks' counts, so what precedes entry i is ends[i - 1]."""
     pid = tl.program_id(0)
     token = pid.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.arange(0, E_PAD)
@@ -138,12 +138,12 @@ def plan(
     k_pad = tiles.padded(K)
     block_t = max(1, 256 // k_pad)
     with tiles.device_guard(indices_TK):
-        _count[(row_blocks + token_blocks,)](
+        flexmore_plan_count[(row_blocks + token_blocks,)](
             indices_TK, ranks, counts, N, T, row_blocks, token_blocks,
             E=E, K=K, SETS=sets, BLOCK=block, num_warps=4 if block == 128 else 8,
         )  # fmt: skip
         ends = torch.cumsum(counts, 0, dtype=torch.int32)
-        _place[(triton.cdiv(T, block_t),)](
+        flexmore_plan_place[(triton.cdiv(T, block_t),)](
             indices_TK, ranks, ends, row_to_slot, slot_to_row, row_offsets,
             token_order, expert_to_row, N, T, row_blocks, token_blocks,
             E=E, E_PAD=tiles.padded(E + 1), K=K, K_PAD=k_pad, SETS=sets,

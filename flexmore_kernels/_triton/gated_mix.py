@@ -49,7 +49,7 @@ def _add_delta(
 
 
 @triton.jit
-def _gated_mix_kernel(
+def flexmore_gated_mix(
     mixed_ptr, rows_ptr, gate_ptr, up_ptr, weights_ptr, token_order_ptr, expert_to_row_ptr,
     row_to_slot_ptr, row_offsets_ptr, z_gate_ptr, b_gate_ptr, ranks_gate_ptr,
     z_up_ptr, b_up_ptr, ranks_up_ptr,
@@ -183,7 +183,7 @@ def gated_mix(
     token_tiles = triton.cdiv(T, config["BLOCK_T"])
     grid = (triton.cdiv(F, config["BLOCK_F"]), token_tiles + _ZERO_TILES)
     with tiles.device_guard(gate):
-        _gated_mix_kernel[grid](
+        flexmore_gated_mix[grid](
             mixed, rows, gate, up, weights, plan.token_order, plan.expert_to_row,
             plan.row_to_slot, plan.row_offsets,
             z_gate, b_gate, ragged.ranks_tensor(ranks_gate, gate.device),
@@ -198,7 +198,7 @@ def gated_mix(
 
 
 @triton.jit
-def _swiglu_mix_kernel(
+def flexmore_swiglu_mix(
     mixed_ptr, rows_ptr, gate_ptr, up_ptr, weights_ptr, slot_to_row_ptr, used_ptr,
     T, F, N, K, ACC: tl.constexpr, ZEROERS: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
@@ -226,7 +226,7 @@ def _swiglu_mix_kernel(
 
 
 @triton.jit
-def _swiglu_mix_backward_kernel(
+def flexmore_swiglu_mix_backward(
     dgate_ptr, dup_ptr, dweights_ptr, rows_ptr, dmixed_ptr, drows_ptr, gate_ptr, up_ptr,
     weights_ptr, row_to_slot_ptr, F, K, ACC: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
@@ -267,7 +267,7 @@ def swiglu_mix(gate: Tensor, up: Tensor, weights: Tensor, slot_to_row: Tensor):
     block = min(1024, tiles.padded(F))
     used = slot_to_row.amax() + 1
     with tiles.device_guard(gate):
-        _swiglu_mix_kernel[(triton.cdiv(F, block) * (T + _ZERO_TILES),)](
+        flexmore_swiglu_mix[(triton.cdiv(F, block) * (T + _ZERO_TILES),)](
             mixed, rows, gate, up, weights, slot_to_row, used, T, F, N, K,
             ACC=tiles.accumulator(gate.dtype), ZEROERS=_ZERO_TILES, BLOCK_F=block, num_warps=4,
         )  # fmt: skip
@@ -285,7 +285,7 @@ def swiglu_mix_backward(
     if gate.numel() == 0:
         return dgate, dup, dweights, rows
     with tiles.device_guard(gate):
-        _swiglu_mix_backward_kernel[(N,)](
+        flexmore_swiglu_mix_backward[(N,)](
             dgate, dup, dweights, rows, dmixed, drows, gate, up, weights, row_to_slot, F, top_k,
             ACC=tiles.accumulator(gate.dtype), BLOCK_F=min(1024, tiles.padded(F)), num_warps=4,
         )  # fmt: skip

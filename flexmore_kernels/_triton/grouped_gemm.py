@@ -19,7 +19,7 @@ from .tiles import add_product, ragged_tile, swizzle
 
 
 @triton.jit
-def _grouped_gemm_kernel(
+def flexmore_grouped_gemm(
     out_ptr, x_ptr, w_ptr, row_offsets_ptr, width_in, width_out, row_tiles,
     stride_we, stride_wi, stride_wo,
     E: tl.constexpr, E_PAD: tl.constexpr, WHOLE_K: tl.constexpr,
@@ -55,7 +55,7 @@ def _grouped_gemm_kernel(
 
 
 @triton.jit
-def _dweight_kernel(
+def flexmore_grouped_gemm_dweight(
     out_ptr, dy_ptr, x_ptr, row_offsets_ptr, width_in, width_out,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
@@ -137,7 +137,7 @@ def grouped_gemm(
             stride_out, stride_in = weight[first].stride()
             if transpose:
                 stride_out, stride_in = stride_in, stride_out
-            _grouped_gemm_kernel[(row_tiles * triton.cdiv(width_out, o),)](
+            flexmore_grouped_gemm[(row_tiles * triton.cdiv(width_out, o),)](
                 out, x, weight[first], row_offsets[first:], width_in, width_out, row_tiles,
                 step, stride_in, stride_out, E=count, E_PAD=tiles.padded(count),
                 WHOLE_K=width_in % config["BLOCK_K"] == 0, BLOCK_M=m, BLOCK_O=o, **config,
@@ -157,7 +157,7 @@ def grouped_gemm_dweight(
             if grad.numel() == 0 or x.shape[0] == 0:
                 grad.zero_()
                 continue
-            _dweight_kernel[grid](
+            flexmore_grouped_gemm_dweight[grid](
                 grad, dy, x, row_offsets[e:], width_in, width_out,
                 BLOCK_O=o, BLOCK_I=i, **config,
             )  # fmt: skip

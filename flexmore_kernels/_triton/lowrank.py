@@ -43,7 +43,7 @@ def _row_rank_tile(
 
 
 @triton.jit
-def _shrink_kernel(
+def flexmore_shrink(
     z_ptr, x_ptr, a_ptr, row_offsets_ptr, ranks_ptr, row_to_slot_ptr, weights_ptr,
     size, width, top_k, num_tiles, num_zeroers, split_width, stride_ar, stride_ai,
     E: tl.constexpr, E_PAD: tl.constexpr, GATHER: tl.constexpr, ALIGN: tl.constexpr,
@@ -97,7 +97,7 @@ def _shrink_kernel(
 
 
 @triton.jit
-def _expand_kernel(
+def flexmore_expand(
     y_ptr, z_ptr, b_ptr, base_ptr, row_offsets_ptr, ranks_ptr, row_to_slot_ptr,
     N, width, top_k, row_tiles, stride_bo, stride_br,
     E: tl.constexpr, E_PAD: tl.constexpr, ALIGN: tl.constexpr,
@@ -145,7 +145,7 @@ def _expand_kernel(
 
 
 @triton.jit
-def _factor_grad_kernel(
+def flexmore_factor_grad(
     out_ptr, z_ptr, x_ptr, row_offsets_ptr, rank_offsets_ptr, wanted_offsets_ptr, ranks_ptr,
     row_to_slot_ptr, width, top_k, num_splits, plane_size,
     E: tl.constexpr, E_PAD: tl.constexpr, ALIGN: tl.constexpr,
@@ -218,7 +218,7 @@ def shrink(
         out, zeroers = x.new_empty(splits, size, dtype=tiles.torch_accumulator(x.dtype)), 0
     ranks_on_device = ragged.ranks_tensor(ranks, x.device)
     with tiles.device_guard(x):
-        _shrink_kernel[(num_tiles + zeroers, splits)](
+        flexmore_shrink[(num_tiles + zeroers, splits)](
             out, x, a, row_offsets, ranks_on_device,
             row_to_slot if gather or weights is not None else None, weights,
             size, width, top_k, num_tiles, zeroers,
@@ -253,7 +253,7 @@ def expand(
     m, o, r, warps = tiles.blocks(z.dtype, tiles.row_block(num_rows, E, 128), columns, depth)
     row_tiles = tiles.max_tiles(num_rows, E + 1, m)
     with tiles.device_guard(z):
-        _expand_kernel[(row_tiles * triton.cdiv(width, o),)](
+        flexmore_expand[(row_tiles * triton.cdiv(width, o),)](
             y, z, b, base, row_offsets, ragged.ranks_tensor(ranks, z.device),
             row_to_slot if gather else None, num_rows, width, top_k, row_tiles, *b.stride(),
             GROUP=4, BLOCK_M=m, BLOCK_O=o, BLOCK_R=r,
@@ -283,7 +283,7 @@ def factor_grad(
     if splits > 1:
         planes = x.new_empty(splits, R, width, dtype=tiles.torch_accumulator(x.dtype))
     with tiles.device_guard(x):
-        _factor_grad_kernel[(i_tiles, rank_tiles, splits)](
+        flexmore_factor_grad[(i_tiles, rank_tiles, splits)](
             planes, z, x, row_offsets, ragged.rank_offsets_tensor(ranks, x.device),
             ragged.rank_offsets_tensor(some, x.device),
             ragged.ranks_tensor(ranks, x.device), row_to_slot if gather else None,

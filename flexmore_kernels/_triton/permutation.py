@@ -13,7 +13,7 @@ from . import tiles
 
 
 @triton.jit(do_not_specialize=["T"])
-def _permute(
+def flexmore_permute(
     x_ptr, row_to_slot_ptr, slot_to_row_ptr, out_ptr, T, D,
     K: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -38,7 +38,7 @@ def _permute(
 
 
 @triton.jit(do_not_specialize=["T"])
-def _unpermute(
+def flexmore_unpermute(
     x_ptr, slot_to_row_ptr, weights_ptr, base_ptr, out_ptr, T, D,
     K: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -63,7 +63,7 @@ def _unpermute(
 
 
 @triton.jit(do_not_specialize=["N"])
-def _unpermute_backward(
+def flexmore_unpermute_backward(
     dy_ptr, x_ptr, row_to_slot_ptr, weights_ptr, dx_ptr, dweights_ptr, N, D,
     K: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -101,7 +101,7 @@ def permute(x_TD: Tensor, row_to_slot_N: Tensor, slot_to_row_TK: Tensor) -> Tens
     if T and D:
         tile = _tile(D, x_TD.dtype.itemsize)
         with tiles.device_guard(x_TD):
-            _permute[(_programs(T, D, tile),)](
+            flexmore_permute[(_programs(T, D, tile),)](
                 x_TD, row_to_slot_N, slot_to_row_TK, out_ND, T, D, K=K, **tile, num_warps=4
             )
     return out_ND
@@ -116,7 +116,7 @@ def unpermute(
     if T and D:
         tile = _tile(D, x_ND.dtype.itemsize)
         with tiles.device_guard(x_ND):
-            _unpermute[(_programs(T, D, tile),)](
+            flexmore_unpermute[(_programs(T, D, tile),)](
                 x_ND, slot_to_row_TK, weights_TK, base_TD, out_TD, T, D,
                 K=K, ACC=tiles.accumulator(x_ND.dtype), **tile, num_warps=4,
             )  # fmt: skip
@@ -133,7 +133,7 @@ def unpermute_backward(
     if N and D:
         tile = _tile(D, x_ND.dtype.itemsize)
         with tiles.device_guard(x_ND):
-            _unpermute_backward[(triton.cdiv(N, tile["ROWS"]),)](
+            flexmore_unpermute_backward[(triton.cdiv(N, tile["ROWS"]),)](
                 dy_TD, x_ND, row_to_slot_N, weights_TK, dx_ND, dweights_TK, N, D,
                 K=weights_TK.shape[1], ACC=tiles.accumulator(x_ND.dtype), **tile, num_warps=4,
             )  # fmt: skip

@@ -77,7 +77,7 @@ def _choose(
 
 
 @triton.jit(do_not_specialize=["T"])
-def _route(
+def flexmore_route(
     logits_ptr, bias_ptr, mask_ptr, mask_t, mask_e, weights_ptr, indices_ptr, T,
     E: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr,
     E_PAD: tl.constexpr, K_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -91,7 +91,7 @@ def _route(
 
 
 @triton.jit(do_not_specialize=["T"])
-def _route_linear(
+def flexmore_route_linear(
     x_ptr, weight_ptr, bias_ptr, mask_ptr, mask_t, mask_e,
     logits_ptr, weights_ptr, indices_ptr, T, D,
     E: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr,
@@ -118,7 +118,7 @@ def _route_linear(
 
 
 @triton.jit(do_not_specialize=["T"])
-def _route_backward(
+def flexmore_route_backward(
     dweights_ptr, logits_ptr, bias_ptr, mask_ptr, mask_t, mask_e, indices_ptr, dlogits_ptr, T,
     E: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr,
     E_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -180,7 +180,7 @@ def topk_route(
     if T:
         block, warps = _tokens_per_program(E)
         with tiles.device_guard(logits_TE):
-            _route[(triton.cdiv(T, block),)](
+            flexmore_route[(triton.cdiv(T, block),)](
                 logits_TE, bias, mask, *_mask_strides(mask), weights_TK, indices_TK, T,
                 E=E, K=top_k, NORM=norm_topk_prob, ACC=tiles.accumulator(dtype),
                 E_PAD=tiles.padded(E), K_PAD=tiles.padded(top_k), BLOCK_T=block, num_warps=warps,
@@ -208,7 +208,7 @@ def topk_route_linear(
     if T:
         tile = _linear_tile(T, E, dtype.itemsize, tiles.shared_memory(x_TD.device))
         with tiles.device_guard(x_TD):
-            _route_linear[(triton.cdiv(T, tile["BLOCK_T"]),)](
+            flexmore_route_linear[(triton.cdiv(T, tile["BLOCK_T"]),)](
                 x_TD, weight_ED, bias, mask, *_mask_strides(mask),
                 logits_TE, weights_TK, indices_TK, T, D,
                 E=E, K=top_k, NORM=norm_topk_prob, ACC=tiles.accumulator(dtype),
@@ -232,7 +232,7 @@ def topk_route_backward(
     if T:
         block, warps = _tokens_per_program(E)
         with tiles.device_guard(logits_TE):
-            _route_backward[(triton.cdiv(T, block),)](
+            flexmore_route_backward[(triton.cdiv(T, block),)](
                 dweights_TK, logits_TE, bias, mask, *_mask_strides(mask), indices_TK, dlogits_TE, T,
                 E=E, K=indices_TK.shape[1], NORM=norm_topk_prob,
                 ACC=tiles.accumulator(logits_TE.dtype),

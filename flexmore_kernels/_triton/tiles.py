@@ -121,7 +121,7 @@ def swizzle(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _sum_planes_kernel(
+def flexmore_sum_planes(
     out_ptr, planes_ptr, row_offsets_ptr, ranks_ptr, size, num_planes,
     E: tl.constexpr, E_PAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -221,7 +221,7 @@ def sum_planes(out: torch.Tensor, planes: torch.Tensor, row_offsets=None, ranks=
     Entries of a packed z past its used length become zero.
     """
     E = 0 if ranks is None else ranks.shape[0]
-    _sum_planes_kernel[(triton.cdiv(out.numel(), 1024),)](
+    flexmore_sum_planes[(triton.cdiv(out.numel(), 1024),)](
         out, planes, row_offsets, ranks, out.numel(), planes.shape[0], E, padded(E), 1024
     )
 

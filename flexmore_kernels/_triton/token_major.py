@@ -32,7 +32,7 @@ _MOST_RANK = 64
 
 
 @triton.jit
-def _mix_kernel(
+def flexmore_token_mix(
     mixed_ptr, rows_ptr, gate_ptr, up_ptr, weights_ptr, token_order_ptr, expert_to_row_ptr,
     row_to_slot_ptr, s_ptr, b_gate_ptr, ranks_gate_ptr, offsets_gate_ptr,
     b_up_ptr, ranks_up_ptr, offsets_up_ptr, writes_ptr,
@@ -100,7 +100,7 @@ def _mix_kernel(
 
 
 @triton.jit
-def _weighted_kernel(
+def flexmore_token_weighted(
     s_ptr, z_ptr, weights_ptr, expert_to_row_ptr, row_to_slot_ptr, row_offsets_ptr, ranks_ptr,
     offsets_ptr, T, R, E: tl.constexpr, E_PAD: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -123,7 +123,7 @@ def _weighted_kernel(
 
 
 @triton.jit
-def _add_expanded_kernel(
+def flexmore_token_add_expanded(
     y_ptr, base_ptr, s_ptr, b_ptr, T, D, R, stride_b_d, stride_b_r,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -168,7 +168,7 @@ def mix(
     stage, fixed = 4 * block * depth * gate.element_size(), block * block * 4
     stages = tiles.fitting_stages(stage, 3, tiles.shared_memory(device), fixed)
     with tiles.device_guard(gate):
-        _mix_kernel[(triton.cdiv(F, block), triton.cdiv(T, block))](
+        flexmore_token_mix[(triton.cdiv(F, block), triton.cdiv(T, block))](
             mixed, rows, gate, up, weights, plan.token_order, plan.expert_to_row,
             plan.row_to_slot, s,
             b_gate, ragged.ranks_tensor(ranks_gate, device),
@@ -194,7 +194,7 @@ def weighted(
     if s.numel() == 0:
         return s
     with tiles.device_guard(z):
-        _weighted_kernel[(triton.cdiv(T, 64), E)](
+        flexmore_token_weighted[(triton.cdiv(T, 64), E)](
             s, z, weights, plan.expert_to_row, plan.row_to_slot, plan.row_offsets,
             ragged.ranks_tensor(ranks, z.device), ragged.rank_offsets_tensor(ranks, z.device),
             T, R, E=E, E_PAD=tiles.padded(E), ALIGN=tiles.alignment(ranks), BLOCK_T=64,
@@ -211,7 +211,7 @@ def add_expanded(base: Tensor, s: Tensor, b: Tensor) -> Tensor:
         return y
     t, d, r, warps = tiles.blocks(s.dtype, tiles.row_block(T, 1, 128), 128, 64)
     with tiles.device_guard(s):
-        _add_expanded_kernel[(triton.cdiv(T, t) * triton.cdiv(D, d),)](
+        flexmore_token_add_expanded[(triton.cdiv(T, t) * triton.cdiv(D, d),)](
             y, base, s, b, T, D, R, *b.stride(), ACC=tiles.accumulator(s.dtype),
             PRECISION=tiles.dot_precision(s.dtype), BLOCK_T=t, BLOCK_D=d, BLOCK_R=r,
             num_warps=warps, num_stages=tiles.stages(s, t, d, r, most=3),
