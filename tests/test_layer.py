@@ -224,3 +224,31 @@ def test_layer_top_k_may_change(device):
         assert routing.indices.shape == (20, top_k)
         truth = twin(layer, torch.float64)(x.double()).detach()
         assert_accurate(y, truth, twin(layer)(x).detach())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("ranks", (RANKS, (0, 16, 16, 64, 16)), ids=("mixed", "few_small"))
+def test_layer_training_step_captured_in_a_cuda_graph(ranks):
+    """Forward and backward, replayed on tokens that choose other experts."""
+    layer = make(ranks, 3, 64, 96, "cuda", dtype=torch.bfloat16)
+    x = testing.make_x(40, 64, "cuda", torch.bfloat16).requires_grad_()
+    inputs = (x, *layer.parameters())
+
+    def step():
+        y = layer(x)
+        return y, *torch.autograd.grad(y.square().sum(), inputs)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.copy_(testing.make_x(40, 64, "cuda", torch.bfloat16))
+    graph.replay()
+    for replayed, now in zip(captured, step(), strict=True):
+        testing.assert_same(replayed, now)
