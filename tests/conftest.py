@@ -1,14 +1,17 @@
 """One seed per test, one fixture per question: which device, which kernels.
 
-Traps set for every test: memory that the package allocates without filling holds NaN (floats) or
-the smallest integer, so that an unwritten row shows; the seed comes from the test's name, so that
-no test depends on the order.
+Traps set for every test: memory that the package allocates without filling, in Python or in the
+compiled library, holds NaN (floats) or an integer that is no index, so that an unwritten row shows
+(tests/test_poison.py plants some); the seed comes from the test's name, so that no test depends on
+the order.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+import pkgutil
 import random
 import sys
 import zlib
@@ -19,7 +22,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import reference
-from flexmore_kernels import backend
+from flexmore_kernels import _native, backend
 
 # An install carries reference/ as flexmore_kernels.reference; in a bare source tree this stands in.
 if importlib.util.find_spec("flexmore_kernels.reference") is None:
@@ -112,9 +115,32 @@ def _poisoned(allocate):
     return call
 
 
+class _PoisonedLibrary:
+    """The compiled library's ops; torch fills what they allocate, as in its deterministic mode.
+
+    That mode is on only while one of them runs: elsewhere it would choose other kernels in torch.
+    """
+
+    def __getattr__(self, name: str):
+        op = getattr(torch.ops.flexmore_native, name)
+
+        def call(*args):
+            before = torch.get_deterministic_debug_mode()
+            torch.set_deterministic_debug_mode("warn")
+            try:
+                return op(*args)
+            finally:
+                torch.set_deterministic_debug_mode(before)
+
+        return call
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
     for name in ("new_empty", "new_empty_strided"):
         monkeypatch.setattr(torch.Tensor, name, _poisoned(getattr(torch.Tensor, name)))
+    for module in pkgutil.iter_modules(_native.__path__):
+        wrapper = importlib.import_module(f"{_native.__name__}.{module.name}")
+        monkeypatch.setattr(wrapper, "_ops", _PoisonedLibrary())
