@@ -7,12 +7,14 @@ Metadata is in pyproject.toml. Options, as users of torch extensions know them:
     MAX_JOBS               parallel compiler jobs; default: the number of cores
 
 torch is not imported, and no second torch is downloaded into pip's isolated build environment: the
-one of the target environment is found by path, and its version is read as text.
+one of the target environment is found by path, and its version is read as text. What was decided
+and built goes into `flexmore_kernels/_build.json`, for `flexmore env`.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -24,6 +26,8 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 MIN_TORCH = (2, 11)
@@ -88,22 +92,29 @@ def cuda_architectures() -> str:
     return ";".join(out)
 
 
-def want_cuda(nvcc: str | None, torch_cuda: str | None) -> bool:
+def why_no_cuda(nvcc: str | None, torch_cuda: str | None) -> str | None:
+    """The reason to compile no CUDA kernels (Triton takes over), or None to compile them."""
     forced = os.environ.get("FORCE_CUDA")
     if forced == "0":
-        return False
+        return "built with FORCE_CUDA=0"
     if forced:
         if nvcc is None:
             raise SystemExit("FORCE_CUDA is set, but there is no nvcc on PATH or in CUDA_HOME")
-        return True
-    if nvcc is None or torch_cuda is None:
-        return False
-    release = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    match = re.search(r"release (\d+)", release)
-    if match is None or match[1] != torch_cuda.split(".")[0]:
-        say(f"no CUDA kernels (Triton takes over): {nvcc} is not of torch's CUDA {torch_cuda}")
-        return False
-    return True
+        return None
+    if torch_cuda is None:
+        return "built for a CPU build of torch"
+    if nvcc is None:
+        return "no nvcc was found when it was built"
+    release = nvcc_version(nvcc)
+    if release.split(".")[0] != torch_cuda.split(".")[0]:
+        return f"the nvcc found was of CUDA {release or '?'}, torch of CUDA {torch_cuda}"
+    return None
+
+
+def nvcc_version(nvcc: str) -> str:
+    run = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
+    match = re.search(r"release ([\d.]+)", run.stdout)
+    return match[1] if match else ""
 
 
 def why_no_library() -> str | None:
@@ -127,23 +138,28 @@ def why_no_library() -> str | None:
     return None
 
 
-def pybind11_include() -> str:
-    """pybind11's headers, for the optional module _host; "" if absent."""
-    spec = importlib.util.find_spec("pybind11")
-    candidates = [Path(spec.origin).parent] if spec is not None and spec.origin else []
-    candidates += [folder / "pybind11" for folder in site_folders()]
-    folders = (candidate / "include" for candidate in candidates)
-    return next((str(f) for f in folders if (f / "pybind11/pybind11.h").is_file()), "")
-
-
 def git_commit() -> str:
+    """The commit of the sources: git's word for it or, in a source distribution, the one noted."""
+    if (ROOT / "COMMIT").is_file():
+        return (ROOT / "COMMIT").read_text().strip()
+    describe = ["git", "describe", "--always", "--dirty"]
     try:
-        run = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-        )
+        run = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True)
     except OSError:
         return ""
     return run.stdout.strip()
+
+
+def write_facts(package: Path, **facts: object) -> None:
+    """Writes `_build.json` into the package, wherever it is being built."""
+    torch = find_torch()
+    always = {
+        "commit": git_commit(),
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "torch": torch_version(torch)[0] if torch else "",
+    }
+    package.mkdir(parents=True, exist_ok=True)
+    (package / "_build.json").write_text(json.dumps(always | facts, indent=1) + "\n")
 
 
 def reusable(build: Path, ninja: str | None) -> bool:
@@ -168,29 +184,26 @@ class CMakeBuild(build_ext):
         torch = find_torch()
         version, torch_cuda = torch_version(torch)
         nvcc = find_nvcc()
-        with_cuda = want_cuda(nvcc, torch_cuda)
+        no_cuda = why_no_cuda(nvcc, torch_cuda)
+        with_cuda = no_cuda is None
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         output = Path(self.get_ext_fullpath("flexmore_kernels._C")).resolve().parent
-        names = [ext.name for ext in self.extensions]
         build = Path(self.build_temp).resolve() / "cmake"
         options = {
             "TORCH_DIR": torch,
-            "TORCH_VERSION": version,
             "PYTHON_INCLUDE": sysconfig.get_path("include"),
             "OUTPUT_DIR": output,
             "WITH_CUDA": "ON" if with_cuda else "OFF",
             "NVCC_THREADS": max(1, jobs // 2),
             "CMAKE_CUDA_ARCHITECTURES": cuda_architectures(),
-            "PYBIND11_INCLUDE": pybind11_include() if "flexmore_kernels._host" in names else "",
-            "HOST_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
-            "GIT_COMMIT": git_commit(),
         }
         if with_cuda:
             options["CMAKE_CUDA_COMPILER"] = nvcc
         ninja = find_program("ninja")
         if ninja:
             options["CMAKE_MAKE_PROGRAM"] = ninja
-        say(f"building for torch {version}, CUDA kernels {'with ' + nvcc if with_cuda else 'off'}")
+        cuda_in_words = f"with {nvcc}" if with_cuda else f"off ({no_cuda}; Triton takes over)"
+        say(f"building for torch {version}, CUDA kernels {cuda_in_words}")
         cmake = find_program("cmake")
         if not reusable(build, ninja):
             shutil.rmtree(build, ignore_errors=True)
@@ -204,28 +217,46 @@ class CMakeBuild(build_ext):
         except subprocess.CalledProcessError as error:
             hint = " FORCE_CUDA=0 builds without CUDA kernels; Triton's take over." * with_cuda
             raise SystemExit(f"flexmore_kernels: compiling failed, see above.{hint}") from error
-        for stale in output.glob("_host.*"):
-            if "flexmore_kernels._host" not in names:
-                stale.unlink()
+        facts = (line.partition("=") for line in (build / "facts.txt").read_text().splitlines())
+        built = {name: value for name, _, value in facts}
+        write_facts(output, why_no_library=None, why_no_cuda=no_cuda, **built)
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        shutil.copy(Path(self.build_lib, "flexmore_kernels/_build.json"), ROOT / "flexmore_kernels")
 
 
-extensions = []
+class Build(build_py):
+    """Notes why there is no library; what is in one is noted by CMakeBuild, which runs later."""
+
+    def run(self) -> None:
+        super().run()
+        in_place = getattr(self, "editable_mode", False)
+        package = (ROOT if in_place else Path(self.build_lib)) / "flexmore_kernels"
+        if missing is not None:
+            if not in_place:  # of an earlier build, with a compiler
+                (package / "_C.abi3.so").unlink(missing_ok=True)
+            write_facts(package, why_no_library=missing, why_no_cuda=missing)
+
+
+class SourceDistribution(sdist):
+    """Notes the commit, which a build from an archive could not learn otherwise."""
+
+    def make_release_tree(self, base_dir, files) -> None:
+        super().make_release_tree(base_dir, files)
+        Path(base_dir, "COMMIT").write_text(git_commit() + "\n")
+
+
 missing = why_no_library()
-if missing is None:
-    extensions.append(Extension("flexmore_kernels._C", sources=[], py_limited_api=True))
-    if pybind11_include():
-        extensions.append(Extension("flexmore_kernels._host", sources=[]))
-    else:
-        say("no pybind11 headers: building without the optional module of build information")
-else:
-    say(f"WITHOUT the compiled library: {missing}. Python and Triton kernels are installed.")
-
-setup(
-    packages=[*find_packages(include=["flexmore_kernels*"]), "flexmore_kernels.reference"],
-    package_dir={"flexmore_kernels.reference": "reference"},
-    package_data={"flexmore_kernels": ["py.typed"]},
-    ext_modules=extensions,
-    cmdclass={"build_ext": CMakeBuild},
-    # _host, for one Python version, may be absent: the library proper fits every Python >= 3.10.
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {},
-)
+if __name__ == "__main__":
+    if missing is not None:
+        say(f"WITHOUT the compiled library: {missing}. Python and Triton kernels are installed.")
+    library = [Extension("flexmore_kernels._C", sources=[], py_limited_api=True)]
+    setup(
+        packages=[*find_packages(include=["flexmore_kernels*"]), "flexmore_kernels.reference"],
+        package_dir={"flexmore_kernels.reference": "reference"},
+        package_data={"flexmore_kernels": ["py.typed"]},
+        ext_modules=library if missing is None else [],
+        cmdclass={"build_ext": CMakeBuild, "build_py": Build, "sdist": SourceDistribution},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}} if missing is None else {},
+    )

@@ -5,6 +5,7 @@ from .checks import validation
 from .layer import FlexMoRE
 from .model import FlexMoREConfig, FlexMoREForCausalLM
 from .ragged import Ragged, RoutingPlan, StackedFactors
+from .slow_paths import SlowPathWarning
 
 __version__ = "0.1.0"
 
@@ -14,6 +15,7 @@ __all__ = [
     "FlexMoREForCausalLM",
     "Ragged",
     "RoutingPlan",
+    "SlowPathWarning",
     "StackedFactors",
     "ops",
     "validation",

@@ -2,29 +2,49 @@
 
 `_native` is the compiled library (CPU: C++; CUDA: CUDA C++), `_triton` runs on any GPU, `_aten` is
 plain PyTorch and runs everywhere. The rule is short: the compiled library where it has the stem,
-else Triton on a GPU and aten on a CPU; where a measurement says otherwise of one function on a GPU,
-its op asks for the other (`on_gpu`). Tests and benchmarks choose with `use`.
+else Triton on a GPU and aten on a CPU; `ON_GPU` lists the functions for which measurements on a GPU
+say otherwise. Tests and benchmarks choose with `use`. Ops choose by `kernels`, `flexmore env` asks
+`selected` and `why_not`: one rule, so that it reports what runs.
 """
 
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import functools
 import importlib
 import importlib.util
 from collections.abc import Iterator
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import native
+from .slow_paths import warn_once
 
 NAMES = ("native", "triton", "aten")
 STEMS = ("routing", "permutation", "grouped_gemm", "lowrank", "gated_mix", "experts")
 
-_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("forced", default=None)
+
+class Preference(NamedTuple):
+    """Kernels that a measurement puts before the rule's, on a GPU, above some number of experts."""
+
+    name: str
+    above: int
+    measured: str
+
+
+ON_GPU = {
+    "topk_route": Preference("triton", 32, "49 us against 128 on an H100 at T=16384, E=256, K=8"),
+    "topk_route_linear": Preference(
+        "triton", 0, "64 us against 136 on an H100 at T=16384, D=4096, E=7: one launch reads x once"
+    ),
+}
+"""By the name of the raw function."""
+
+_forced: list[str] = []
+"""What `use` asked for, the innermost last. Of all threads: a backward on CUDA runs in torch's."""
 
 
 @functools.cache
@@ -71,28 +91,94 @@ def _module(name: str, stem: str) -> ModuleType:
 def chosen(stem: str, device: torch.device | str) -> str:
     """Name of the kernels that `stem` runs on `device`: `use`'s if it can, else the preferred."""
     names = available(stem, device)
-    forced = _forced.get()
-    return forced if forced in names else names[0]
+    return _forced[-1] if _forced and _forced[-1] in names else names[0]
 
 
-def kernels(stem: str, tensor: Tensor, on_gpu: str | None = None) -> ModuleType:
+def selected(
+    stem: str, device: torch.device | str, function: str = "", num_experts: int = 0
+) -> str:
+    """Name of the kernels that run a stem's raw function for so many experts on a device."""
+    preference = ON_GPU.get(function)
+    if (
+        preference is not None
+        and torch.device(device).type == "cuda"
+        and num_experts > preference.above
+        and not _forced
+        and preference.name in available(stem, device)
+    ):
+        return preference.name
+    return chosen(stem, device)
+
+
+def kernels(stem: str, tensor: Tensor, function: str = "", num_experts: int = 0) -> ModuleType:
     """The module of raw kernels that runs `stem` on the tensor's device.
 
-    `on_gpu` names those that a measurement prefers for one function on a GPU, if they are there.
+    With `function` and the number of experts, what `ON_GPU` says of that function counts too.
     """
-    name = chosen(stem, tensor.device)
-    if tensor.is_cuda and _forced.get() is None and on_gpu in available(stem, tensor.device):
-        name = on_gpu
+    name = selected(stem, tensor.device, function, num_experts) if function else None
+    name = name or chosen(stem, tensor.device)
+    if not _forced:
+        _warn_where_slow(stem, name, tensor.device.type)
     return _module(name, stem)
+
+
+def why_not(name: str, stem: str, device: torch.device | str) -> str | None:
+    """Why these kernels cannot run `stem` on `device`; None if they can, preferred or not."""
+    kind = torch.device(device).type
+    if name in available(stem, device):
+        return None
+    if name == "triton":
+        return "not installed" if kind == "cuda" else "runs on a GPU only"
+    if name == "aten":
+        return "runs on a GPU only where Triton is missing"
+    if stem not in native.STEMS.get(kind, ()):
+        return f"the compiled library has no {kind} kernels for it"
+    if kind == "cpu":
+        return native.why_not()
+    return native.why_not_cuda(torch.cuda.current_device())
+
+
+@functools.cache
+def _warn_where_slow(stem: str, name: str, kind: str) -> None:
+    """Warn of what is missing for the kernels that should run here; asked once for each choice."""
+    if name == "native":
+        return
+    if kind == "cuda" and name == "aten":
+        warn_once(
+            "no triton",
+            "CUDA tensors run plain PyTorch kernels, many times slower, since Triton is not "
+            "installed: pip install triton (torch's CUDA builds for Linux bring it).",
+        )
+    if stem not in native.STEMS.get(kind, ()):
+        return
+    if not native.available():
+        broken = native.built()
+        if broken or kind == "cpu":
+            warn_once(
+                "no library",
+                f"The compiled library is not used ({native.why_not()}); slower kernels take over, "
+                "Triton's on a GPU, plain PyTorch on a CPU. Install again where torch, a C++ "
+                "compiler and cmake are found; `flexmore env` shows what was.",
+            )
+    elif kind == "cuda" and native.cuda_built() and not native.cuda_runs_on():
+        warn_once(
+            "no cuda code",
+            f"The library's CUDA kernels do not run on this GPU, Triton's do: "
+            f"{native.why_not_cuda(torch.cuda.current_device())}. Build for it, with "
+            "TORCH_CUDA_ARCH_LIST, or update the driver.",
+        )
 
 
 @contextlib.contextmanager
 def use(name: str) -> Iterator[None]:
-    """Within, run the kernels of this name ("native", "triton", "aten") wherever they can run."""
+    """Within, run the kernels of this name ("native", "triton", "aten") wherever they can run.
+
+    In all threads of the process: for tests and benchmarks.
+    """
     if name not in NAMES:
         raise ValueError(f"name: got {name!r}; accepted: {', '.join(NAMES)}")
-    token = _forced.set(name)
+    _forced.append(name)
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced.pop()

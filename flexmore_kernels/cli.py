@@ -2,13 +2,13 @@
 
 demo     run a checkpoint's MoE layers, check each against the reference, compare times
 inspect  what a checkpoint directory holds, checked, without loading it
-env      versions, devices, and which kernels run here and why
+env      versions, devices, what was built, which kernels run each op and why not the others
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
+import json
 import sys
 from collections.abc import Sequence
 
@@ -52,7 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("checkpoint", metavar="CHECKPOINT_DIR")
     inspect.set_defaults(run=_inspect)
 
-    env = commands.add_parser("env", help="versions, devices, kernels")
+    env = commands.add_parser("env", help="versions, devices, kernels: for a bug report")
+    env.add_argument("--json", action="store_true", help="the same for programs")
     env.set_defaults(run=_env)
     return parser
 
@@ -101,34 +102,10 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _env(arguments: argparse.Namespace) -> int:
-    import torch
+    from . import environment
 
-    from . import __version__, backend, native
-
-    print(f"flexmore_kernels  {__version__}")
-    print(f"python            {platform.python_version()}, {platform.platform()}")
-    print(f"torch             {torch.__version__}, CUDA {torch.version.cuda}")
-    try:
-        import triton
-
-        print(f"triton            {triton.__version__}")
-    except ImportError:
-        print("triton            not installed")
-    for name, value in native.build_info().items():
-        print(f"library           {name}: {value}")
-    devices = ["cpu"]
-    if torch.cuda.is_available():
-        devices.append("cuda")
-        print(f"gpu               {torch.cuda.get_device_name()}")
-    for device in devices:
-        for stem in backend.STEMS:
-            others = [
-                n for n in backend.available(stem, device) if n != backend.chosen(stem, device)
-            ]
-            print(
-                f"{device:<18}{stem:<14}{backend.chosen(stem, device):<8}"
-                + (f"also: {', '.join(others)}" if others else "")
-            )
+    found = environment.report()
+    print(json.dumps(found, indent=1) if arguments.json else environment.as_text(found))
     return 0
 
 

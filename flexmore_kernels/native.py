@@ -10,7 +10,9 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -19,13 +21,26 @@ STEMS = {"cpu": {"routing", "permutation", "gated_mix"}, "cuda": {"routing", "pe
 
 
 @functools.cache
+def facts() -> dict[str, object]:
+    """What setup.py noted when it built the package; empty in a source tree that was not built."""
+    try:
+        return json.loads(Path(__file__).with_name("_build.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def built() -> bool:
+    """Whether the library's file is here, be it of use or not."""
+    return importlib.util.find_spec(f"{__package__}._C") is not None
+
+
+@functools.cache
 def why_not() -> str | None:
     """Why the library is not used, or None when it is loaded. The first call loads it."""
-    name = f"{__package__}._C"
-    if importlib.util.find_spec(name) is None:
-        return "not built: no C++ compiler or no torch was found when the package was installed"
+    if not built():
+        return f"not built: {facts().get('why_no_library') or 'this is an unbuilt source tree'}"
     try:
-        importlib.import_module(name)
+        importlib.import_module(f"{__package__}._C")
     except (ImportError, OSError, RuntimeError) as error:
         return f"does not load with torch {torch.__version__}: {error}"
     return None
@@ -36,26 +51,53 @@ def available() -> bool:
     return why_not() is None
 
 
+def cuda_archs() -> str:
+    """The architectures that the library has CUDA kernels for, "80-real 90a-real ..."; "": none."""
+    return _ops().cuda_archs() if available() else ""
+
+
 @functools.cache
+def why_not_cuda_built() -> str | None:
+    """Why the library has no CUDA kernels for this torch, on any device; None when it has."""
+    if not available():
+        return why_not()
+    if not cuda_archs():
+        return f"no CUDA kernels in it: {facts().get('why_no_cuda') or 'built without nvcc'}"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a CPU build"
+    return None
+
+
+@functools.cache
+def why_not_cuda(index: int) -> str | None:
+    """Why the CUDA kernels do not run on this CUDA device, or None when they do.
+
+    They do not where the library has none, has no code for its architecture, or was built with a
+    CUDA newer than the driver. Makes a CUDA context.
+    """
+    if why_not_cuda_built():
+        return why_not_cuda_built()
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if _ops().cuda_runs_on(index):
+        return None
+    major, minor = torch.cuda.get_device_capability(index)
+    return (
+        f"no code in it for sm_{major}{minor} (built for {cuda_archs()}), or the driver is older "
+        f"than CUDA {facts().get('nvcc')}"
+    )
+
+
 def cuda_built() -> bool:
     """Whether the library holds CUDA kernels, and this torch is a CUDA build."""
-    return available() and torch.version.cuda is not None and _ops().cuda_archs() != ""
-
-
-@functools.cache
-def _cuda_runs_on(index: int) -> bool:
-    return _ops().cuda_runs_on(index)
+    return why_not_cuda_built() is None
 
 
 def cuda_runs_on(device: int | None = None) -> bool:
-    """Whether this CUDA device (default: the current one) and its driver can run those kernels.
-
-    False where there is no device, where the library has no code for its architecture, and where
-    the driver is older than the CUDA that the library was built with. Makes a CUDA context.
-    """
+    """Whether this CUDA device (default: the current one) and its driver can run those kernels."""
     if not cuda_built() or not torch.cuda.is_available():
         return False
-    return _cuda_runs_on(torch.cuda.current_device() if device is None else device)
+    return why_not_cuda(torch.cuda.current_device() if device is None else device) is None
 
 
 def vector_width() -> str:
@@ -79,22 +121,19 @@ def use_vector_width(name: str) -> Iterator[None]:
 
 
 def build_info() -> dict[str, object]:
-    """What was built and how: for `flexmore env` and bug reports.
+    """What was built and how, for `flexmore env` and bug reports.
 
-    Always: loaded, why_not, vector_width, cuda_archs. From the small pybind11 module `_host`, where
-    it was built: compilers, flags, vector widths, the torch that it was built against, the commit.
+    loaded, why_not, vector_width (in use), cuda_archs; and setup.py's facts: commit, python and
+    torch built with, why_no_library, why_no_cuda; with a library: compiler, flags, nvcc,
+    vector_widths.
     """
-    info: dict[str, object] = {
+    own = {
         "loaded": available(),
         "why_not": why_not(),
         "vector_width": vector_width(),
-        "cuda_archs": _ops().cuda_archs() if available() else "",
+        "cuda_archs": cuda_archs(),
     }
-    try:
-        host = importlib.import_module(f"{__package__}._host")
-    except (ImportError, OSError):
-        return info
-    return info | host.build_info()
+    return own | facts()
 
 
 def _ops():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .ragged import rank_offsets
+from .slow_paths import warn_once
 
 FULL = -1
 """Layout entry of an expert with a full-size weight; 0 means no delta, r > 0 a rank."""
@@ -87,8 +88,14 @@ class Projection(NamedTuple):
         base = self.full[0]
         if not any(self.ranks):
             return base.new_empty((0, base.shape[1])), base.new_empty((base.shape[0], 0))
-        if self.stacked and self.padded_ranks(multiple) == self.ranks:
-            return self.factors[0]
+        if self.stacked:
+            if self.padded_ranks(multiple) == self.ranks:
+                return self.factors[0]
+            warn_once(
+                "padded factors",
+                f"Stacked factors are copied and padded at each call, since not all ranks are "
+                f"multiples of {multiple}; those that are, are read in place.",
+            )
         parts_a, parts_b = [], []
         for pair in self.factor_pairs():
             if pair is None:

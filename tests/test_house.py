@@ -18,7 +18,7 @@ PRIVATE = ("_aten", "_native", "_triton")
 
 # Floors from the ground up. Imports go to a lower floor, or stay inside one of the folders.
 PLAN = (
-    ("accuracy", "baselines", "checkpoint_layout", "checks", "ragged", "timing"),
+    ("accuracy", "baselines", "checkpoint_layout", "checks", "ragged", "slow_paths", "timing"),
     ("native", "projection", "storage", "testing"),
     ("backend", "library"),
     ("_aten",),
@@ -27,7 +27,7 @@ PLAN = (
     ("layer",),
     ("model",),
     ("checkpoint",),
-    ("demo",),
+    ("demo", "environment"),
     ("cli",),
 )
 FLOORS = {room: floor for floor, rooms in enumerate(PLAN) for room in rooms}

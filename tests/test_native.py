@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -39,9 +38,16 @@ def test_cuda_kernels_need_cuda_in_torch_too():
     assert native.cuda_runs_on(0) <= native.cuda_built()
 
 
-def test_everything_works_without_the_host_module(monkeypatch):
-    monkeypatch.setitem(sys.modules, "flexmore_kernels._host", None)  # import raises
+def test_everything_works_without_the_build_facts(monkeypatch):
+    monkeypatch.setattr(native, "facts", dict)
     assert set(native.build_info()) == {"loaded", "why_not", "vector_width", "cuda_archs"}
+    monkeypatch.setattr(native, "cuda_archs", str)
+    assert "no CUDA kernels" in native.why_not_cuda_built.__wrapped__()
+
+
+def _forget():
+    for cached in (native.why_not, native.why_not_cuda_built, native.why_not_cuda):
+        cached.cache_clear()
 
 
 @pytest.mark.parametrize("error", (None, OSError("undefined symbol: x")), ids=("absent", "broken"))
@@ -54,16 +60,14 @@ def test_a_library_that_cannot_be_used_is_reported_not_raised(error, monkeypatch
             raise error
 
         monkeypatch.setattr(native.importlib, "import_module", refuse)
-    native.why_not.cache_clear()
-    native.cuda_built.cache_clear()
+    _forget()
     try:
         assert ("not built" if error is None else "undefined symbol") in native.why_not()
         assert not native.available() and not native.cuda_built()
         assert native.vector_width() == "none" and not native.build_info()["loaded"]
     finally:
         monkeypatch.undo()
-        native.why_not.cache_clear()
-        native.cuda_built.cache_clear()
+        _forget()
     assert native.available()
 
 

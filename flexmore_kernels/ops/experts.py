@@ -19,6 +19,7 @@ from ..checks import FLOATS, check_ids, check_ranks, check_tensor, check_weights
 from ..library import define
 from ..projection import FULL, Projection, flatten, unflatten
 from ..ragged import StackedFactors
+from ..slow_paths import contiguous
 
 _kernels = "experts"
 
@@ -157,7 +158,7 @@ def _experts(x, indices, weights, tensors, layout, stacked, saves):
     if checks_values(indices):
         check_ids("indices", indices, len(layout) // 3)
     y, gate, up = backend.kernels(_kernels, x).forward(
-        x.contiguous(), indices, weights.contiguous(), unflatten(tensors, layout, stacked)
+        contiguous("x", x), indices, weights.contiguous(), unflatten(tensors, layout, stacked)
     )
     return (y, gate, up) if saves else (y, x.new_empty((0, 0)), x.new_empty((0, 0)))
 

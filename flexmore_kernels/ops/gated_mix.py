@@ -18,6 +18,7 @@ from .. import backend
 from ..checks import FLOATS, check_ranks, check_tensor, check_weights
 from ..library import define
 from ..ragged import Ragged, RoutingPlan, packed_size, rows_to_slots
+from ..slow_paths import contiguous
 
 _kernels = "gated_mix"
 
@@ -74,14 +75,14 @@ def _gated_mix(gate, up, weights, *rest):
     *maps, z_gate, b_gate, ranks_gate, z_up, b_up, ranks_up = rest
     plan = RoutingPlan(*maps, len(ranks_gate), weights.shape[1])
     return backend.kernels(_kernels, gate).gated_mix(
-        gate.contiguous(),
-        up.contiguous(),
+        contiguous("gate", gate),
+        contiguous("up", up),
         weights.contiguous(),
         plan,
-        z_gate.contiguous(),
+        contiguous("z_gate", z_gate),
         b_gate,
         tuple(ranks_gate),
-        z_up.contiguous(),
+        contiguous("z_up", z_up),
         b_up,
         tuple(ranks_up),
     )

@@ -17,6 +17,7 @@ from .. import backend
 from ..checks import FLOATS, check_tensor
 from ..library import define
 from ..ragged import RoutingPlan
+from ..slow_paths import contiguous
 
 _kernels = "grouped_gemm"
 
@@ -55,7 +56,7 @@ def grouped_gemm(x: Tensor, weight: Tensor | Sequence[Tensor], plan: RoutingPlan
 def _grouped_gemm(x, weights, row_offsets):
     out = x.new_zeros((x.shape[0], weights[0].shape[0]))
     kernels = backend.kernels(_kernels, x)
-    kernels.grouped_gemm(x.contiguous(), _contiguous(weights), row_offsets, False, out)
+    kernels.grouped_gemm(contiguous("x", x), _contiguous(weights), row_offsets, False, out)
     return out
 
 
@@ -84,7 +85,7 @@ def _grouped_gemm_backward_fake(dy, x, weights, row_offsets, needs):
 
 
 def _contiguous(weights: Sequence[Tensor]) -> list[Tensor]:
-    return [weight.contiguous() for weight in weights]
+    return [contiguous("weight", weight) for weight in weights]
 
 
 def _setup_grouped_gemm(ctx, inputs, output):

@@ -16,6 +16,7 @@ from .. import backend
 from ..checks import FLOATS, check_ranks, check_tensor
 from ..library import define
 from ..ragged import Ragged, RoutingPlan, packed_size
+from ..slow_paths import contiguous
 
 _kernels = "lowrank"
 
@@ -67,7 +68,7 @@ def expand(z: Tensor, b: Tensor, plan: RoutingPlan, ranks: Ragged | Sequence[int
 
 def _shrink(x, a, row_offsets, row_to_slot, ranks, size):
     kernels = backend.kernels(_kernels, x)
-    return kernels.shrink(x.contiguous(), a, row_offsets, tuple(ranks), row_to_slot, 1, size)
+    return kernels.shrink(contiguous("x", x), a, row_offsets, tuple(ranks), row_to_slot, 1, size)
 
 
 def _shrink_fake(x, a, row_offsets, row_to_slot, ranks, size):
@@ -76,7 +77,7 @@ def _shrink_fake(x, a, row_offsets, row_to_slot, ranks, size):
 
 def _expand(z, b, row_offsets, row_to_slot, ranks):
     kernels = backend.kernels(_kernels, z)
-    return kernels.expand(z.contiguous(), b, row_offsets, tuple(ranks), row_to_slot.shape[0])
+    return kernels.expand(contiguous("z", z), b, row_offsets, tuple(ranks), row_to_slot.shape[0])
 
 
 def _expand_fake(z, b, row_offsets, row_to_slot, ranks):
@@ -102,6 +103,7 @@ def _setup_shrink(ctx, inputs, output):
 def _backward_shrink(ctx, dz):
     x, a, row_offsets, row_to_slot = ctx.saved_tensors
     maps = (row_offsets, row_to_slot, ctx.ranks)
+    dz = dz.contiguous()
     dx = torch.ops.flexmore.expand(dz, a.T, *maps) if ctx.needs_input_grad[0] else None
     da = torch.ops.flexmore.factor_grad(dz, x, *maps) if ctx.needs_input_grad[1] else None
     return dx, da, None, None, None, None
@@ -115,7 +117,7 @@ def _setup_expand(ctx, inputs, output):
 def _backward_expand(ctx, dy):
     z, b, row_offsets, row_to_slot = ctx.saved_tensors
     maps = (row_offsets, row_to_slot, ctx.ranks)
-    dz = None
+    dz, dy = None, dy.contiguous()
     if ctx.needs_input_grad[0]:
         dz = torch.ops.flexmore.shrink(dy, b.T, *maps, z.shape[0])
     db = torch.ops.flexmore.factor_grad(z, dy, *maps).T if ctx.needs_input_grad[1] else None

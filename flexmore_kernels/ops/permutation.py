@@ -14,6 +14,7 @@ from .. import backend
 from ..checks import FLOATS, check_tensor, check_weights
 from ..library import define
 from ..ragged import RoutingPlan
+from ..slow_paths import contiguous
 
 _kernels = "permutation"
 
@@ -53,7 +54,7 @@ def unpermute(x: Tensor, plan: RoutingPlan, weights: Tensor | None = None) -> Te
 
 
 def _permute(x, row_to_slot, slot_to_row):
-    return backend.kernels(_kernels, x).permute(x.contiguous(), row_to_slot, slot_to_row)
+    return backend.kernels(_kernels, x).permute(contiguous("x", x), row_to_slot, slot_to_row)
 
 
 def _permute_fake(x, row_to_slot, slot_to_row):
@@ -63,7 +64,7 @@ def _permute_fake(x, row_to_slot, slot_to_row):
 def _unpermute(x, row_to_slot, slot_to_row, weights):
     kernels = backend.kernels(_kernels, x)
     weights = None if weights is None else weights.contiguous()
-    return kernels.unpermute(x.contiguous(), slot_to_row, weights, None)
+    return kernels.unpermute(contiguous("x", x), slot_to_row, weights, None)
 
 
 def _unpermute_fake(x, row_to_slot, slot_to_row, weights):
@@ -86,8 +87,7 @@ def _setup_permute(ctx, inputs, output):
 
 
 def _backward_permute(ctx, dy):
-    row_to_slot, slot_to_row = ctx.saved_tensors
-    return torch.ops.flexmore.unpermute(dy, row_to_slot, slot_to_row, None), None, None
+    return torch.ops.flexmore.unpermute(dy.contiguous(), *ctx.saved_tensors, None), None, None
 
 
 def _setup_unpermute(ctx, inputs, output):
@@ -98,7 +98,8 @@ def _setup_unpermute(ctx, inputs, output):
 def _backward_unpermute(ctx, dy):
     x, row_to_slot, slot_to_row, weights = ctx.saved_tensors
     if weights is None:
-        return torch.ops.flexmore.permute(dy, row_to_slot, slot_to_row), None, None, None
+        dx = torch.ops.flexmore.permute(dy.contiguous(), row_to_slot, slot_to_row)
+        return dx, None, None, None
     dx, dweights = torch.ops.flexmore.unpermute_backward(dy, x, row_to_slot, weights)
     return dx, None, None, dweights
 

@@ -24,6 +24,7 @@ from ..checks import (
 )
 from ..library import define
 from ..ragged import MAX_SET_EXPERTS, RoutingPlan
+from ..slow_paths import contiguous
 
 _kernels = "routing"
 
@@ -130,10 +131,8 @@ def _check_mask(mask: Tensor, num_tokens: int, num_experts: int, device: torch.d
 def _topk_route(logits, bias, mask, top_k, norm_topk_prob):
     if checks_values(logits):
         check_routable(logits, mask)
-    # H100, T=16384: E=7, K=5 CUDA 9 us, Triton 32; E=256, K=8 128 and 49 us.
-    on_gpu = "triton" if logits.shape[1] > 32 else None
-    kernels = backend.kernels(_kernels, logits, on_gpu)
-    return kernels.topk_route(logits.contiguous(), bias, mask, top_k, norm_topk_prob)
+    kernels = backend.kernels(_kernels, logits, "topk_route", logits.shape[1])
+    return kernels.topk_route(contiguous("logits", logits), bias, mask, top_k, norm_topk_prob)
 
 
 def _topk_route_fake(logits, bias, mask, top_k, norm_topk_prob):
@@ -145,10 +144,9 @@ def _topk_route_fake(logits, bias, mask, top_k, norm_topk_prob):
 
 
 def _topk_route_linear(x, weight, bias, mask, top_k, norm_topk_prob):
-    # One launch that reads x once; H100, T=16384, D=4096, E=7: 64 us, a GEMM and a top-k 136.
-    kernels = backend.kernels(_kernels, x, "triton")
+    kernels = backend.kernels(_kernels, x, "topk_route_linear", weight.shape[0])
     result = kernels.topk_route_linear(
-        x.contiguous(), weight.contiguous(), bias, mask, top_k, norm_topk_prob
+        contiguous("x", x), contiguous("weight", weight), bias, mask, top_k, norm_topk_prob
     )
     if checks_values(x):
         check_routable(result[0], mask)

@@ -1,0 +1,239 @@
+"""What is here and what runs: the facts of `flexmore env`, made to be pasted into a bug report.
+
+Which kernels run an op is asked of backend.py, by the questions that the ops ask it themselves, so
+that the report cannot disagree with what runs; tests/test_environment.py compares the two.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from . import __version__, backend, native
+
+
+class Op(NamedTuple):
+    """A public op, forward or backward: the raw function that decides, and what else may run."""
+
+    name: str
+    stem: str
+    function: str = ""
+    others: tuple[str, ...] = ()
+
+
+OPS = (
+    Op("topk_route from x", "routing", "topk_route_linear"),
+    Op("topk_route from logits", "routing", "topk_route"),
+    Op("topk_route backward", "routing", "topk_route_backward"),
+    Op("make_plan", "routing", "make_plan"),
+    Op("permute", "permutation"),
+    Op("unpermute", "permutation"),
+    Op("grouped_gemm", "grouped_gemm"),
+    Op("shrink", "lowrank"),
+    Op("expand", "lowrank"),
+    Op("gated_mix", "gated_mix"),
+    Op("gated_mix backward", "gated_mix", "", ("lowrank", "permutation")),
+    Op("experts", "experts"),
+    Op("experts backward", "experts"),
+)
+EXPERTS_OTHERS = {
+    "aten": ("routing", "gated_mix"),
+    "triton": ("routing", "permutation", "grouped_gemm", "lowrank", "gated_mix"),
+}
+"""Stems whose kernels the experts' use, by the experts' own kernels."""
+
+
+def report() -> dict[str, Any]:
+    """Everything, as plain dicts, lists, strings and numbers. Makes a CUDA context."""
+    kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return {
+        "versions": _versions(),
+        "library": native.build_info() | {"why_not_cuda": native.why_not_cuda_built()},
+        "gpus": _gpus(),
+        "kernels": {kind: kernels(kind) for kind in kinds},
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    facts = native.facts()
+    return {
+        "flexmore_kernels": _version("flexmore-kernels") or f"{__version__}, not installed",
+        "commit": str(facts.get("commit") or "") or None,
+        "path": str(Path(__file__).parent),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "cuda_of_torch": torch.version.cuda,
+        "driver": _driver(),
+        "triton": _version("triton"),
+        "processor": _processor(),
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    """The NVIDIA driver's version, wherever there is one, and the CUDA that it reaches to."""
+    found = None
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        run = subprocess.run(query, capture_output=True, text=True)
+        if run.returncode == 0 and run.stdout.strip():
+            found = run.stdout.splitlines()[0].strip()
+    if torch.cuda.is_available():
+        version = torch._C._cuda_getDriverVersion()
+        found = f"{found or 'of unknown number'}, up to CUDA {version // 1000}.{version // 10 % 10}"
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{next(models, platform.machine())}, {torch.get_num_threads()} threads"
+
+
+def _gpus() -> list[dict[str, Any]]:
+    if not torch.cuda.is_available():
+        return []
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        gpus.append(
+            {
+                "index": index,
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+                "multiprocessors": properties.multi_processor_count,
+                "shared_memory_per_block_kib": properties.shared_memory_per_block_optin // 1024,
+                "native": native.why_not_cuda(index) or "runs",
+            }
+        )
+    return gpus
+
+
+def kernels(kind: str) -> list[dict[str, Any]]:
+    """For each op on a device type: the kernels that run, what else runs inside, why not others."""
+    rows = []
+    for op in OPS:
+        preference = backend.ON_GPU.get(op.function)
+        sizes = [("", 1)]
+        if kind == "cuda" and preference is not None and preference.above:
+            limit = preference.above
+            sizes = [(f", E up to {limit}", limit), (f", E > {limit}", limit + 1)]
+        for suffix, num_experts in sizes:
+            name = backend.selected(op.stem, kind, op.function, num_experts)
+            others = EXPERTS_OTHERS[name] if op.stem == "experts" else op.others
+            rows.append(
+                {
+                    "op": op.name + suffix,
+                    "stem": op.stem,
+                    "kernels": name,
+                    "inside": {stem: backend.selected(stem, kind) for stem in others},
+                    "not": _why_not_others(op, kind, name, num_experts),
+                }
+            )
+    return rows
+
+
+def _why_not_others(op: Op, kind: str, name: str, num_experts: int) -> dict[str, str]:
+    preference = backend.ON_GPU.get(op.function)
+    reasons = {}
+    for other in backend.NAMES:
+        reason = backend.why_not(other, op.stem, kind)
+        if other == name:
+            continue
+        if reason is None and other == backend.chosen(op.stem, kind):
+            reason = f"{name} was measured faster: {preference.measured}"
+        elif reason is None and kind == "cpu" and other == "triton":
+            reason = "on a CPU in its interpreter, and only when asked for"
+        reasons[other] = reason or f"{name} comes first where both are there"
+    return reasons
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """A report as plain text, for people and bug reports."""
+    versions, library = found["versions"], found["library"]
+    commit = f", built at commit {versions['commit']}" if versions["commit"] else ""
+    cuda = versions["cuda_of_torch"]
+    lines = [
+        ("flexmore_kernels", versions["flexmore_kernels"] + commit),
+        ("", versions["path"]),
+        ("python", f"{versions['python']}, {versions['platform']}"),
+        ("torch", f"{versions['torch']}, {f'CUDA {cuda}' if cuda else 'a CPU build'}"),
+        ("triton", versions["triton"] or "not installed"),
+        ("processor", versions["processor"]),
+        ("driver", versions["driver"] or "no NVIDIA driver found"),
+    ]
+    for gpu in found["gpus"]:
+        lines.append(
+            (
+                f"gpu {gpu['index']}",
+                f"{gpu['name']}, compute capability {gpu['capability']}, {gpu['memory_gib']} GiB, "
+                f"{gpu['multiprocessors']} multiprocessors, "
+                f"{gpu['shared_memory_per_block_kib']} KiB shared memory a block",
+            )
+        )
+        if gpu["native"] != "runs" and library["cuda_archs"]:
+            lines.append(("", f"library: {gpu['native']}"))
+    if not found["gpus"]:
+        lines.append(("gpu", "none that torch can use"))
+    lines += _library_lines(library)
+    text = [f"{label:<18}{value}".rstrip() for label, value in lines]
+    for kind, rows in found["kernels"].items():
+        text += ["", *_kernel_lines(kind, rows)]
+    return "\n".join(text)
+
+
+def _library_lines(library: dict[str, Any]) -> list[tuple[str, str]]:
+    if not library["loaded"]:
+        return [("library", str(library["why_not"]))]
+    lines = [("library", "loaded")]
+    if library.get("compiler"):
+        lines.append(
+            (
+                "",
+                f"{library['compiler']},{library['flags'].rstrip()}, against torch "
+                f"{library['torch']}, by Python {library['python']}",
+            )
+        )
+    widths = library.get("vector_widths")
+    lines.append(
+        ("", f"CPU: {library['vector_width']} in use" + (f", of {widths}" if widths else ""))
+    )
+    if library["cuda_archs"]:
+        lines.append(("", f"CUDA: nvcc {library.get('nvcc', '?')} for {library['cuda_archs']}"))
+    if library["why_not_cuda"]:
+        lines.append(("", f"CUDA: {library['why_not_cuda']}"))
+    return lines
+
+
+def _kernel_lines(kind: str, rows: list[dict[str, Any]]) -> list[str]:
+    notes: dict[str, int] = {}
+    lines = [f"kernels on {kind}"]
+    for row in rows:
+        inside: dict[str, list[str]] = {}
+        for stem, name in row["inside"].items():
+            inside.setdefault(name, []).append(stem)
+        parts = "; ".join(f"{name}: {', '.join(stems)}" for name, stems in inside.items())
+        marks = []
+        for name, reason in row["not"].items():
+            number = notes.setdefault(f"not {name}: {reason}", len(notes) + 1)
+            marks.append(f"[{number}]")
+        line = f"  {row['op']:<32}{row['kernels']:<8}{' '.join(marks):<10}"
+        lines.append((line + (f"inside it {parts}" if parts else "")).rstrip())
+    return lines + [f"  [{number}] {reason}" for reason, number in notes.items()]
