@@ -17,7 +17,7 @@ test-gpu:
 	bash benchmarks/gpu.sh build/gpu
 
 bench: build
-	$(RUN) -m benchmarks.bench_experts --quick
+	$(RUN) -m benchmarks.run --quick
 
 lint: build
 	$(RUN) -m pip install -q ruff==0.17.6 clang-format==23.1.5

@@ -1,32 +1,49 @@
 """Price of the gated mix: reads G and U (2 T F), writes the mixed rows (T F) and every h (N F).
 
-Operations: 4 r F for each routed row of rank r, and T K F sigmoids.
+Operations: 4 r F for each routed row of rank r, and T K F sigmoids. The backward reads G, U and dm,
+and writes dG and dU, if it computes every h again.
 """
 
 from __future__ import annotations
 
 import pytest
 
+import reference
 from benchmarks import bench
+from benchmarks.bench import Price
+from benchmarks.problem import normal
 from flexmore_kernels import ops
-from flexmore_kernels.testing import make_weight, make_x
+from flexmore_kernels.ragged import packed_size
 
 
-@pytest.mark.parametrize(("device", "kernels"), bench.candidates("gated_mix"))
-def bench_gated_mix(benchmark, device, kernels):
-    shape, x, indices, weights = bench.rows(device)
-    T, D, F, R = x.shape[0], shape.hidden, shape.intermediate, sum(shape.ranks)
-    plan = ops.make_plan(indices, len(shape.ranks))
-    rows = ops.permute(x, plan)
-    gate, up = (make_x(T, F, device, x.dtype) for _ in range(2))
-    b_gate, b_up = (make_weight(F, R, device, x.dtype) for _ in range(2))
-    z_gate, z_up = (
-        ops.shrink(rows, make_weight(R, D, device, x.dtype), plan, shape.ranks) for _ in range(2)
-    )
-    bench.measure(
-        benchmark, kernels, device,
-        lambda: ops.gated_mix(
-            gate, up, weights, plan, z_gate, b_gate, shape.ranks, z_up, b_up, shape.ranks
-        ),
-        moved=3 * gate.nbytes + indices.numel() * F * x.element_size(),
+def prices(shape, tokens, device, dtype):
+    _, weights, plan = bench.routed(shape, tokens, device)
+    F, R, ranks = shape.intermediate, sum(shape.ranks), shape.ranks
+    gate, up = (normal(tokens, F, device=device, dtype=dtype) for _ in range(2))
+    b_gate, b_up = (normal(F, R, device=device, dtype=dtype, scale=0.1) for _ in range(2))
+    size = packed_size(ranks, tokens, shape.top_k)
+    z_gate, z_up = (normal(size, device=device, dtype=dtype) for _ in range(2))
+    units = sum(n * r for n, r in zip(plan.rows.sizes, ranks, strict=True))
+
+    def call(op):
+        return lambda gate, up, weights, plan, z_gate, b_gate, z_up, b_up: op(
+            gate, up, weights, plan, z_gate, b_gate, ranks, z_up, b_up, ranks
+        )
+
+    forward = Price(
+        "gated_mix", "gated_mix", call(ops.gated_mix),
+        (gate, up, weights, plan, z_gate, b_gate, z_up, b_up), call(reference.gated_mix),
+        3 * gate.nbytes + plan.num_rows * F * dtype.itemsize, 4 * units * F,
     )  # fmt: skip
+    return [
+        forward,
+        bench.with_backward(
+            forward, (0, 1, 2, 4, 5, 6, 7), nbytes=forward.nbytes + 5 * gate.nbytes,
+            flops=4 * forward.flops,
+        ),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "kernels", "device"), bench.parameters("gated_mix", prices))
+def bench_gated_mix(benchmark, op, kernels, device):
+    bench.under_pytest(benchmark, prices, op, kernels, device)

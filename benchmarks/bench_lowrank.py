@@ -1,36 +1,47 @@
-"""Price of the low-rank ops: shrink reads the rows, N D elements; expand writes them, N F.
+"""Price of the low-rank ops: shrink reads the rows, N D numbers; expand writes them, N F.
 
-At the usual ranks both are bound by that traffic: 2 N r D operations are few beside it.
+At the usual ranks both are bound by that traffic: 2 N r D operations are few beside it. Backward:
+shrink's gradients read the rows again and write dx; expand's read dy twice, for dz and for dB.
 """
 
 from __future__ import annotations
 
 import pytest
+import torch
 
+import reference
 from benchmarks import bench
+from benchmarks.bench import Price
+from benchmarks.problem import normal
 from flexmore_kernels import ops
-from flexmore_kernels.testing import make_weight
 
 
-@pytest.mark.parametrize(("device", "kernels"), bench.candidates("lowrank"))
-def bench_shrink(benchmark, device, kernels):
-    shape, x, indices, _ = bench.rows(device)
-    plan = ops.make_plan(indices, len(shape.ranks))
-    rows, a = ops.permute(x, plan), make_weight(sum(shape.ranks), shape.hidden, device, x.dtype)
-    bench.measure(
-        benchmark, kernels, device, lambda: ops.shrink(rows, a, plan, shape.ranks),
-        moved=rows.nbytes,
+def prices(shape, tokens, device, dtype):
+    _, _, plan = bench.routed(shape, tokens, device)
+    D, F, R, ranks = shape.hidden, shape.intermediate, sum(shape.ranks), shape.ranks
+    rows = normal(plan.num_rows, D, device=device, dtype=dtype)
+    a = normal(R, D, device=device, dtype=dtype, scale=D**-0.5)
+    b = normal(F, R, device=device, dtype=dtype, scale=0.1)
+    with torch.no_grad():
+        z = ops.shrink(rows, a, plan, ranks)
+    units = sum(n * r for n, r in zip(plan.rows.sizes, ranks, strict=True))
+    wide = plan.num_rows * F * dtype.itemsize
+    shrink = Price(
+        "shrink", "lowrank", lambda x, a, plan: ops.shrink(x, a, plan, ranks), (rows, a, plan),
+        lambda x, a, plan: reference.shrink(x, a, plan, ranks), rows.nbytes, 2 * units * D,
     )  # fmt: skip
-
-
-@pytest.mark.parametrize(("device", "kernels"), bench.candidates("lowrank"))
-def bench_expand(benchmark, device, kernels):
-    shape, x, indices, _ = bench.rows(device)
-    plan = ops.make_plan(indices, len(shape.ranks))
-    R, F = sum(shape.ranks), shape.intermediate
-    rows, a = ops.permute(x, plan), make_weight(R, shape.hidden, device, x.dtype)
-    z, b = ops.shrink(rows, a, plan, shape.ranks), make_weight(F, R, device, x.dtype)
-    bench.measure(
-        benchmark, kernels, device, lambda: ops.expand(z, b, plan, shape.ranks),
-        moved=rows.shape[0] * F * rows.element_size(),
+    expand = Price(
+        "expand", "lowrank", lambda z, b, plan: ops.expand(z, b, plan, ranks), (z, b, plan),
+        lambda z, b, plan: reference.expand(z, b, plan, ranks), wide, 2 * units * F,
     )  # fmt: skip
+    return [
+        shrink,
+        bench.with_backward(shrink, (0, 1), nbytes=3 * rows.nbytes, flops=6 * units * D),
+        expand,
+        bench.with_backward(expand, (0, 1), nbytes=2 * wide, flops=6 * units * F),
+    ]
+
+
+@pytest.mark.parametrize(("op", "kernels", "device"), bench.parameters("lowrank", prices))
+def bench_lowrank(benchmark, op, kernels, device):
+    bench.under_pytest(benchmark, prices, op, kernels, device)

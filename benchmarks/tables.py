@@ -1,79 +1,115 @@
-"""README's table of times, from the records: the last one of each shape, size, dtype and device.
+"""README's tables and figure of times, from the records: the last one of each key.
 
-python -m benchmarks.tables            # print it
-python -m benchmarks.tables --write    # put it into README.md, between the two markers
+python -m benchmarks.tables            # print the tables
+python -m benchmarks.tables --write    # put them into README.md, and the figure beside the records
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bench
+from benchmarks import figure, records
+from benchmarks.shapes import SHAPES
 
-README = bench.ROOT.parent / "README.md"
+README = records.ROOT.parent / "README.md"
+FIGURE = records.RESULTS / "layer.svg"
 BEGIN, END = "<!-- times: begin -->", "<!-- times: end -->"
 COLUMNS = {
     "ours, layer": "ours, with its router",
     "ours, experts": "ours, given the routing",
     "fair eager, by index": "fair eager, by index",
-    "fair eager, every expert, compiled": "fair eager, every expert, compiled",
-    "published": "the published way",
+    "fair eager, every expert, compiled": "fair eager, compiled",
+    "published": "published way",
+    "Hugging Face grouped_mm": "Hugging Face grouped_mm",
+    "torch grouped_mm": "torch grouped_mm",
 }
-FLOORS = ("dense FFN compiled", "dense FFN")
 
 
-def latest(path: Path) -> list[dict[str, Any]]:
-    """The last record of each shape, number of tokens, dtype and device, in the file's order."""
-    found: dict[tuple, dict[str, Any]] = {}
-    for line in path.read_text().splitlines():
-        record = json.loads(line)
-        key = tuple(record[name] for name in ("shape", "tokens", "dtype", "device"))
-        found.pop(key, None)
-        found[key] = record
-    return list(found.values())
-
-
-def row(record: dict[str, Any], name: str) -> str | None:
-    """One line: what was timed, our time, and every candidate over the dense FFN."""
-    times = record.get(name)
-    if not times:
-        return None
-    floor = next(times[candidate] for candidate in FLOORS if candidate in times)
-    what = name.removesuffix("_ms").replace("_", " + ")
+def layer_row(record: dict[str, Any]) -> str:
+    """What was timed, one dense FFN, and every candidate as a multiple of it."""
+    least, results = figure.floor(record), record["results"]
+    times = (results.get(name, {}).get("ms") for name in COLUMNS)
     cells = [
-        f"`{record['shape']}`, T = {record['tokens']}, {record['dtype']}, {what}",
+        f"`{record['shape']}`, T = {record['tokens']}, {record['dtype']}, {record['pass']}",
+        f"{least:.3g} ms",
+        *(f"{ms / least:.2f}" if ms else "" for ms in times),
         f"{record['device']}, {record['commit']}",
-        f"{floor:.2f} ms",
-        *(f"{times[key] / floor:.2f}" if key in times else "" for key in COLUMNS),
     ]
     return "| " + " | ".join(cells) + " |"
 
 
-def table(records: list[dict[str, Any]]) -> str:
+def layers(found: Sequence[dict[str, Any]]) -> str:
     """Markdown; every number but the dense FFN's time is a multiple of it, of the same run."""
-    head = ["shape", "device, commit", "one dense FFN", *COLUMNS.values()]
-    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
-    rows = (row(r, name) for r in records for name in ("forward_ms", "forward_backward_ms"))
-    return "\n".join([*lines, *(line for line in rows if line)])
+    head = ["layer", "one dense FFN", *COLUMNS.values(), "device, commit"]
+    rows = [
+        layer_row(record)
+        for record in found
+        if record["benchmark"] == "experts" and figure.floor(record)
+        and record["tokens"] == SHAPES[record["shape"]].tokens
+    ]  # fmt: skip
+    return "\n".join(["| " + " | ".join(head) + " |", "|" + " --- |" * len(head), *rows])
+
+
+def ops(found: Sequence[dict[str, Any]]) -> str:
+    """Markdown; single ops on a GPU, with the share of the roof that bounds them."""
+    lines = []
+    for record in found:
+        if record["benchmark"] == "experts" or record["driver"] is None:
+            continue
+        cells = []
+        for kernels, result in record["results"].items():
+            if "ms" in result:
+                shares = [
+                    (result.get("share_of_copy"), "copy"),
+                    (result.get("share_of_matmul"), "matmul"),
+                ]
+                share, roof = max((s, r) for s, r in shares if s)
+                cells.append(f"{kernels} {result['ms'] * 1e3:.4g} us ({share:.0%} of {roof})")
+        lines.append(
+            f"| `{record['op']}`, {record['pass']} | `{record['shape']}`, T = {record['tokens']} | "
+            f"{'; '.join(cells)} | {record['device']}, {record['commit']} |"
+        )
+    head = "| op | sizes | time, and share of the measured roof | device, commit |"
+    return "\n".join([head, "| --- | --- | --- | --- |", *lines]) if lines else ""
+
+
+def block(found: Sequence[dict[str, Any]]) -> str:
+    """All that stands between the markers in README."""
+    swept = figure.sweep(found)
+    image = (
+        f"![time over the number of tokens]({FIGURE.relative_to(README.parent)})" if swept else ""
+    )
+    parts = (image, layers(found), ops(found))
+    return "\n\n".join(part for part in parts if part)
+
+
+def write(path: Path, text: str) -> None:
+    """Replace the file at once."""
+    fresh = path.with_suffix(".new")
+    fresh.write_text(text)
+    fresh.replace(path)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="into README.md")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--write", action="store_true", help="into README.md and the figure")
     given = parser.parse_args()
-    text = table(latest(bench.ROOT / "results" / "experts.jsonl"))
+    found = records.latest()
     if not given.write:
-        print(text)
+        print(block(found))
         return 0
     before, _, rest = README.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    fresh = README.with_suffix(".new")
-    fresh.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
-    fresh.replace(README)
+    write(README, f"{before}{BEGIN}\n{block(found)}\n{END}{after}")
+    swept = figure.sweep(found)
+    if swept:
+        write(FIGURE, figure.svg(swept))
     return 0
 
 

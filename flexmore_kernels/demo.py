@@ -27,7 +27,7 @@ from .checkpoint import (
 from .checkpoint_layout import Layout, as_triple, read_layout
 from .layer import FlexMoRE
 from .testing import Accuracy, accuracy, make_x, tree_map
-from .timing import median_ms
+from .timing import compare
 
 COLUMNS = ("ours", "fair eager", "published", "dense FFN")
 GPU_SIZES = {"hidden_size": 2048, "intermediate_size": 5504, "dtype": torch.bfloat16}
@@ -148,15 +148,13 @@ def _times(
         how = arguments["top_k"], arguments["norm_topk_prob"]
         return lambda: mix(x_TD, *baselines.route(x_TD, stored["gate.weight"], *how), *weights)
 
-    return median_ms(
-        {
-            "ours": lambda: ours(x_TD),
-            "fair eager": plain(baselines.fair_eager),
-            "published": plain(baselines.published),
-            "dense FFN": lambda: baselines.dense_ffn(x_TD, *base),
-        },
-        x_TD.device,
-    )
+    candidates = {
+        "ours": lambda: ours(x_TD),
+        "fair eager": plain(baselines.fair_eager),
+        "published": plain(baselines.published),
+        "dense FFN": lambda: baselines.dense_ffn(x_TD, *base),
+    }
+    return {name: found.ms for name, found in compare(candidates, x_TD.device).items()}
 
 
 def _double(tree: Any) -> Any:

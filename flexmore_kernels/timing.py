@@ -1,62 +1,266 @@
-"""Times candidates against each other: warmed, interleaved, medians."""
+"""How long a call takes: candidates side by side, cold caches, medians and their spread.
+
+What makes a figure from a GPU wrong, and what is done about it here:
+
+- *The first calls* compile and allocate: every candidate is called before anything is timed.
+- *A warm L2 cache* flatters what the last call left there. A candidate may be a list of calls, the
+  same work on copies of its inputs: they take turns, and `copies_for` says how many copies do not
+  fit into the cache together. Calls timed one by one also have the cache overwritten before each.
+- *The host* needs microseconds for each launch, which a short kernel does not hide. So a call of
+  less than GRAPH_BELOW_MS is recorded in a CUDA graph and replayed. A call that waits for the
+  device (a nonzero, an .item()) cannot be: it is timed as it is called, which is its price.
+- *Clocks and load* change while one measures: every round times each candidate once, so that all
+  meet the same conditions, and the median of the rounds counts.
+
+On a CPU: wall time, candidates interleaved alike. No clock or setting of a device is changed.
+"""
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
-FLUSH_BYTES = 256 << 20
-"""Written before each timed call on a GPU: more than any L2 cache holds (H100: 50 MB)."""
+Call = Callable[[], Any]
+
+GRAPH_BELOW_MS = 1.0
+"""Shorter calls are replayed from a graph, where they can be."""
+HOST_BOUND = 4
+"""What takes up to so many times that when called is tried: the host may be what is slow."""
+GRAPH_MS = 1.0
+"""About how long one replay takes: long beside what starting it costs."""
+MAX_GRAPH_CALLS = 2048
+CACHES = 3
+"""Inputs that take turns are so many times as large as the L2 cache, together."""
 
 
-def median_ms(
-    candidates: Mapping[str, Callable[[], Any]],
+class Times(NamedTuple):
+    """One candidate's times of one call, in milliseconds."""
+
+    ms: float  # median of the rounds
+    p20: float
+    p80: float
+    rounds: int
+    how: str  # "graph": replayed; "events": called, by CUDA events; "wall": by the host's clock
+    calls: int  # that one round's figure is the mean of
+    called_ms: float | None = None  # of a graph: median when called, with what the host adds
+
+
+class CallFailed(RuntimeError):
+    """What a candidate raised while it was timed is the cause; `name` says which it was."""
+
+    def __init__(self, name: str, error: Exception) -> None:
+        super().__init__(f"{name}: {type(error).__name__}: {error}")
+        self.name = name
+
+
+def l2_bytes(device: torch.device | str) -> int:
+    """Size of the device's L2 cache; 0 for a CPU, whose caches are left as they are."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).L2_cache_size
+
+
+def copies_for(nbytes: int, device: torch.device | str) -> int:
+    """How many inputs of `nbytes` must take turns so that none is in the L2 cache when its is."""
+    return min(MAX_GRAPH_CALLS, max(1, math.ceil(CACHES * l2_bytes(device) / max(nbytes, 1))))
+
+
+def compare(
+    candidates: Mapping[str, Call | Sequence[Call]],
     device: torch.device | str,
     *,
     rounds: int = 15,
     min_rounds: int = 3,
     budget_s: float = 2.0,
-) -> dict[str, float]:
-    """Median milliseconds of one call of each candidate.
+    graphs: bool = False,
+    each_round: Callable[[], None] | None = None,
+) -> dict[str, Times]:
+    """Times of each candidate, by name; one that no round reached before an interrupt is absent.
 
-    Each is warmed up twice; then every round calls each once, so that a change of clocks or of the
-    machine's load meets all alike. CPU: wall time. CUDA: events, with the L2 cache overwritten
-    before each call and the host ahead of the device. Rounds stop after `budget_s`, but not before
-    `min_rounds`.
+    Args:
+        candidates: name -> a call, or several that do the same on copies of the inputs.
+        rounds, min_rounds, budget_s: rounds end after `budget_s` seconds, but not before
+            `min_rounds`.
+        graphs: replay short candidates from CUDA graphs. Only for calls that take turns, or read
+            CACHES times the L2 cache each: nothing else makes the cache cold within a replay.
+        each_round: called once a round while the device is at work, to look at its clocks.
+
+    Raises CallFailed, from what a candidate raised. KeyboardInterrupt ends the rounds and is raised
+    again only if no candidate has a time.
     """
     device = torch.device(device)
-    for call in candidates.values():
-        for _ in range(2):
-            call()
-    timed = _cuda_round if device.type == "cuda" else _cpu_round
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
-    flush = (
-        torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if device.type == "cuda" else None
+    turns = {
+        name: list(calls) if isinstance(calls, Sequence) else [calls]
+        for name, calls in candidates.items()
+    }
+    stopwatch = _Events(device) if device.type == "cuda" else _Wall()
+    for name, calls in turns.items():
+        with _blame(name):
+            for call in (*calls[:2], calls[0]):
+                call()
+    replays = {}
+    if graphs and device.type == "cuda":
+        for name, calls in turns.items():
+            with _blame(name):
+                replay = _replay(calls, stopwatch)
+            if replay:
+                replays[name] = replay
+    samples: dict[str, list[float]] = {name: [] for name in turns}
+    called: dict[str, list[float]] = {name: [] for name in replays}
+    begin = time.perf_counter()
+    try:
+        for done in range(rounds):
+            if done >= min_rounds and time.perf_counter() - begin > budget_s:
+                break
+            look = each_round
+            for name, calls in turns.items():
+                with _blame(name):
+                    one = stopwatch.time(calls[done % len(calls)], look)
+                    if name in replays:
+                        called[name].append(one)
+                        one = stopwatch.time(replays[name][0].replay) / replays[name][1]
+                samples[name].append(one)
+                look = None
+    except KeyboardInterrupt:
+        if not any(samples.values()):
+            raise
+    return {
+        name: _summary(
+            values,
+            "graph" if name in replays else stopwatch.how,
+            replays[name][1] if name in replays else 1,
+            called.get(name),
+        )
+        for name, values in samples.items()
+        if values
+    }
+
+
+@contextlib.contextmanager
+def _blame(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise CallFailed(name, error) from error
+
+
+def _summary(values: list[float], how: str, calls: int, called: list[float] | None) -> Times:
+    ordered = sorted(values)
+    last = len(ordered) - 1
+    return Times(
+        statistics.median(ordered),
+        ordered[round(0.2 * last)],
+        ordered[round(0.8 * last)],
+        len(ordered),
+        how,
+        calls,
+        statistics.median(called) if called else None,
     )
-    begin = time.perf_counter()
-    for done in range(rounds):
-        if done >= min_rounds and time.perf_counter() - begin > budget_s:
-            break
-        for name, call in candidates.items():
-            samples[name].append(timed(call, flush))
-    return {name: statistics.median(values) for name, values in samples.items()}
 
 
-def _cpu_round(call: Callable[[], Any], flush: None) -> float:
-    begin = time.perf_counter()
-    call()
-    return (time.perf_counter() - begin) * 1e3
+class _Wall:
+    """The host's clock."""
+
+    how = "wall"
+
+    def time(self, call: Call, look: Callable[[], None] | None = None) -> float:
+        begin = time.perf_counter()
+        call()
+        ms = (time.perf_counter() - begin) * 1e3
+        if look:
+            look()
+        return ms
 
 
-def _cuda_round(call: Callable[[], Any], flush: torch.Tensor) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    flush.zero_()
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
+class _Events:
+    """CUDA events around a call; before it the L2 cache is overwritten, which takes the device long
+    enough for the host to get ahead with the first launches."""
+
+    how = "events"
+
+    def __init__(self, device: torch.device) -> None:
+        self.flush = torch.empty(5 * l2_bytes(device), dtype=torch.int8, device=device)
+
+    def time(self, call: Call, look: Callable[[], None] | None = None) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.flush.zero_()
+        start.record()
+        call()
+        end.record()
+        if look:
+            look()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+
+def waits_for_device(call: Call) -> bool:
+    """Whether the call makes the host wait for the device, as far as torch knows."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    return False
+
+
+def _replay(calls: list[Call], stopwatch: _Events) -> tuple[torch.cuda.CUDAGraph, int] | None:
+    """A graph of the calls in turn, and how many; None where a graph is no use or cannot be."""
+    if waits_for_device(calls[0]):
+        return None
+    # Called one by one the figure may be the host's: a graph of a few calls says what is short.
+    ms = min(stopwatch.time(call) for call in (calls * 3)[:3])
+    if ms > HOST_BOUND * GRAPH_BELOW_MS:
+        return None
+    few = min(len(calls), 8)
+    trial = _capture(calls, few)
+    if trial is None:
+        return None
+    ms = min(stopwatch.time(trial.replay) for _ in range(3)) / few
+    del trial
+    if ms > GRAPH_BELOW_MS:
+        return None
+    turns = max(1, round(GRAPH_MS / (ms * len(calls))))
+    count = min(MAX_GRAPH_CALLS, turns * len(calls))
+    graph = _capture(calls, count)
+    return graph and (graph, count)
+
+
+def _capture(calls: list[Call], count: int) -> torch.cuda.CUDAGraph | None:
+    """A graph of `count` calls, replayed once; None where CUDA refuses to record them.
+
+    The last results stay alive through the recording, so that as many calls in a row as there are
+    copies of the inputs write to different memory.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        calls[0]()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    results: collections.deque = collections.deque(maxlen=len(calls))
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            for index in range(count):
+                results.append(calls[index % len(calls)]())
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return None
+    results.clear()
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph

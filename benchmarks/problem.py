@@ -1,0 +1,136 @@
+"""What goes into a layer's benchmark: a layer with weights drawn where it runs, tokens, routing.
+
+No B is zero and every number is random: zeros need less power, so a GPU runs faster on them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+import reference
+from benchmarks.shapes import Shape
+from flexmore_kernels import FlexMoRE
+from flexmore_kernels.checkpoint import expert_weights
+from flexmore_kernels.storage import PROJECTIONS, StackedExperts
+from flexmore_kernels.testing import to_float64
+
+CHECKED_ROWS = 256
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+
+
+def normal(*shape: int, device: str, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """Normal numbers, drawn on the device (a matrix of a layer takes the CPU a second)."""
+    return torch.randn(shape, device=device, dtype=torch.float32).mul_(scale).to(dtype)
+
+
+class Problem:
+    """A layer, its tensors as plain lists, tokens x, the routing that the layer chose, and dy.
+
+    weights: gate, up, down with E entries each, a matrix or a pair (a, b); own_weights: the same
+    as the layer holds them (stacked factors for many experts). The base and every full-size matrix
+    are frozen; router, factors, x and the routing's weights get gradients.
+    """
+
+    def __init__(self, shape: Shape, tokens: int, device: str, dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+        self.shape, self.tokens, self.device, self.dtype = shape, tokens, device, dtype
+        sizes = shape.hidden, shape.intermediate, shape.ranks, shape.top_k
+        self.layer = FlexMoRE(*sizes, device=device, dtype=dtype)
+        with torch.no_grad():
+            for name, parameter in self.layer.named_parameters():
+                scale = 0.5 if name.endswith(("_b.weight", "_b")) else 1.0
+                # b's sum is over the rank of one expert, also where the factors are stacked.
+                width = max(shape.ranks) if name.endswith("_b") else parameter.shape[1]
+                scale /= math.sqrt(max(width, 1))
+                parameter.copy_(normal(*parameter.shape, device=device, dtype=dtype, scale=scale))
+        for name, parameter in self.layer.named_parameters():
+            parameter.requires_grad_(not name.endswith("_proj.weight"))
+        stacked = isinstance(self.layer.experts, StackedExperts)
+        held = self.layer.state_dict() if stacked else dict(self.layer.named_parameters())
+        self.weights = expert_weights(held, shape.ranks)
+        self.own_weights = [self.layer.experts.projection(name) for name in PROJECTIONS]
+        self.x = normal(tokens, shape.hidden, device=device, dtype=dtype)
+        with torch.no_grad():
+            _, routing = self.layer(self.x, return_routing=True)
+        self.indices = routing.indices
+        self.gates = routing.weights.detach().requires_grad_()
+        self.x.requires_grad_()
+        self.dy = normal(tokens, shape.hidden, device=device, dtype=dtype)
+
+    @property
+    def base(self) -> list[Tensor]:
+        """Gate, up and down of the shared FFN."""
+        return [entries[0] for entries in self.weights]
+
+    @property
+    def factors(self) -> list[Tensor]:
+        """Every A and B."""
+        return [t for entries in self.weights for e in entries if isinstance(e, tuple) for t in e]
+
+    @functools.cached_property
+    @torch.no_grad()
+    def merged(self) -> tuple[Tensor, Tensor]:
+        """Full-size experts of the same mathematics, in Hugging Face's layout: gate_up (E, 2F, D)
+        and down (E, D, F). Each W + B A is summed in float32 and rounded once."""
+        E, F, D = len(self.shape.ranks), self.shape.intermediate, self.shape.hidden
+        like = {"device": self.device, "dtype": self.dtype}
+        gate_up, down = torch.empty(E, 2 * F, D, **like), torch.empty(E, D, F, **like)
+        gate_up_down = gate_up[:, :F], gate_up[:, F:], down
+        for entries, target in zip(self.weights, gate_up_down, strict=True):
+            base = entries[0].float()
+            for e, entry in enumerate(entries):
+                if isinstance(entry, Tensor):
+                    target[e].copy_(entry)
+                else:
+                    target[e].copy_(torch.addmm(base, entry[1].float(), entry[0].float()))
+        return gate_up, down
+
+    @functools.cached_property
+    @torch.no_grad()
+    def truth(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The first rows in float64 and in the problem's dtype, by the reference: of the experts
+        given the routing, and of the dense FFN."""
+        some = slice(0, CHECKED_ROWS)
+        given = (self.x[some], self.indices[some], self.gates[some], *self.weights)
+        alone = self._dense(self.x[some], self.base)
+        wide = to_float64((self.x[some], self.base))
+        return {
+            "experts": (reference.experts(*to_float64(given)), reference.experts(*given)),
+            "dense": (self._dense(*wide), alone),
+        }
+
+    @staticmethod
+    def _dense(x: Tensor, base: Iterable[Tensor]) -> Tensor:
+        gate, up, down = base
+        return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+    def work(self, backward: bool, dense: bool = False) -> tuple[int, int]:
+        """(bytes, operations) that must be, whoever computes the layer, or the dense FFN.
+
+        Each input read and each output written once, the base once a token, 2 r (in + out)
+        operations for each pair of a routed row, full-size experts on their own rows.
+
+        Backward, with the base and the full-size experts frozen: once more what the forward does,
+        for the gradients of activations, and again for those of the factors.
+        """
+        ranks, D, F = self.shape.ranks, self.shape.hidden, self.shape.intermediate
+        rows = torch.bincount(self.indices.flatten(), minlength=len(ranks)).tolist()
+        on_base = torch.tensor([e == 0 or r > 0 for e, r in enumerate(ranks)], device=self.device)
+        base_rows = int(on_base[self.indices].any(1).sum())
+        others = [n for e, (n, r) in enumerate(zip(rows, ranks, strict=True)) if e and not r]
+        full = 6 * D * F * (base_rows + sum(others))
+        low = sum(6 * n * r * (D + F) for n, r in zip(rows, ranks, strict=True))
+        matrices = 3 * D * F * ((base_rows > 0) + sum(n > 0 for n in others))
+        pairs = sum(3 * r * (D + F) for n, r in zip(rows, ranks, strict=True) if n)
+        if dense:
+            full, low, matrices, pairs = 6 * D * F * self.tokens, 0, 3 * D * F, 0
+        x, width = self.tokens * D, self.dtype.itemsize
+        forward = matrices + pairs + 2 * x
+        if not backward:
+            return width * forward, full + low
+        return width * (2 * forward + x + pairs), 2 * full + 3 * low

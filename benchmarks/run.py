@@ -1,0 +1,283 @@
+"""Takes the benchmarks and keeps records: correctness before timing, progress on stderr, a table
+last.
+
+    python -m benchmarks.run --quick              # main shape, decode, short ops: 2.5 minutes
+    python -m benchmarks.run --all                # all named shapes: 9 minutes on an H100
+    python -m benchmarks.run --shape flexolmo_mixed --tokens 64 4096 --backward
+    python -m benchmarks.run --op permutation     # the ops of one file, or part of an op's name
+
+A group, one shape at one number of tokens or one file of ops, is begun only if its time is left; a
+record is written as soon as it is taken, so an interrupt or a time limit loses one group at most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks import bench, bench_experts, records
+from benchmarks.candidates import CANDIDATES, PEERS
+from benchmarks.problem import DTYPES
+from benchmarks.shapes import SHAPES, SWEEP, SWEPT
+
+STEMS = ("routing", "permutation", "gated_mix", "lowrank", "grouped_gemm")
+ALL = tuple(CANDIDATES)
+PLAIN = tuple(
+    name
+    for name in ALL
+    if name not in (*PEERS, "Hugging Face eager", "fair eager, by index, compiled")
+)
+"""Without the slow to compile, and two that others stand for: by index, a compiler finds nothing to
+do, and Hugging Face's loop is what its grouped_mm replaces. The main shape has all."""
+FEW = tuple(name for name in PLAIN if not name.endswith("expert, compiled"))
+OURS = ("ours, layer", "ours, experts", "dense FFN compiled")
+QUICK = (*OURS, "fair eager, by index", "fair eager, every expert, compiled", "published",
+         "Hugging Face grouped_mm")  # fmt: skip
+TRAINED = (*OURS, "fair eager, by index", "published")
+SWEPT_NAMES = (*QUICK, "ours, experts", "Hugging Face eager", "torch grouped_mm")
+
+
+class Group(NamedTuple):
+    """What is measured together, and about how many seconds that takes on an H100."""
+
+    shape: str
+    tokens: int
+    expected_s: float
+    names: tuple[str, ...] = ()  # of candidates; none: the ops of `stem`
+    backward: bool = False
+    stem: str = ""
+
+    def __str__(self) -> str:
+        what = f"ops of {self.stem}" if self.stem else "layer"
+        return f"{what}, {self.shape}, T = {self.tokens}"
+
+
+def layer(
+    shape: str, tokens: int, names: tuple[str, ...], expected_s: float, backward=False
+) -> Group:
+    return Group(shape, tokens, expected_s, names, backward)
+
+
+def quick() -> list[Group]:
+    """The main shape, ops that only a figure of their own judges, a step of training, decode."""
+    full = SHAPES[SWEPT].tokens
+    return [
+        layer(SWEPT, full, QUICK, 50),
+        Group(SWEPT, full, 25, stem="routing"),
+        Group(SWEPT, full, 10, stem="permutation"),
+        layer(SWEPT, full, TRAINED, 20, backward=True),
+        layer(SWEPT, 16, (*OURS, "fair eager, by index", "Hugging Face grouped_mm"), 15),
+    ]
+
+
+def everything() -> list[Group]:
+    """All named shapes, the most telling first: time may run out."""
+    full, compiles = SHAPES[SWEPT].tokens, ("flexolmo_6x16", "flexolmo_mixed", "flexolmo_large")
+    shapes = [
+        layer(
+            name, shape.tokens, PLAIN if name in compiles else FEW, 25 if name in compiles else 15
+        )
+        for name, shape in SHAPES.items()
+        if name not in (SWEPT, "tiny")
+    ]
+    sweep = [layer(SWEPT, tokens, SWEPT_NAMES, 18) for tokens in SWEEP if tokens != full]
+    trains = (*TRAINED, "fair eager, every expert, compiled")
+    return [
+        layer(SWEPT, full, ALL, 60),
+        Group(SWEPT, full, 25, stem="routing"),
+        Group(SWEPT, full, 10, stem="permutation"),
+        *shapes,
+        *sweep,
+        *(Group(SWEPT, full, 15, stem=stem) for stem in STEMS[2:]),
+        layer(SWEPT, full, trains, 35, backward=True),
+        layer("flexolmo_full", full, (*FEW, "Hugging Face eager", *PEERS), 75),
+        layer("flexolmo_6x16", full, TRAINED, 20, backward=True),
+        layer("flexolmo_large", full, TRAINED, 20, backward=True),
+        layer("flexolmo_full", full, (*OURS, "torch grouped_mm", "published"), 20, backward=True),
+    ]
+
+
+class Progress:
+    """Lines on stderr with the time since the start and the time left."""
+
+    def __init__(self, budget_s: float) -> None:
+        self.begin, self.budget_s = time.monotonic(), budget_s
+        self.deadline = self.begin + budget_s
+
+    @property
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def say(self, message: str) -> None:
+        gone = time.monotonic() - self.begin
+        print(f"[{gone:4.0f} of {self.budget_s:.0f} s] {message}", file=sys.stderr, flush=True)
+
+
+def take(
+    groups: list[Group],
+    device: str,
+    dtype: torch.dtype,
+    progress: Progress,
+    context: dict[str, Any],
+    write: Callable[[dict[str, Any]], None],
+    op: str = "",
+) -> list[str]:
+    """Measure the groups; returns what was left out or failed, in words."""
+    missing = []
+    for number, group in enumerate(groups, 1):
+        title = f"{number}/{len(groups)} {group}"
+        if number > 1 and progress.left < group.expected_s:
+            missing.append(f"{group}: not begun, no time left")
+            continue
+
+        def say(message: str, title: str = title) -> None:
+            progress.say(f"{title}: {message}")
+
+        try:
+            _take_one(group, device, dtype, progress, context, write, op, say)
+        except KeyboardInterrupt:
+            missing.append(f"{group} and what follows: interrupted")
+            break
+        except Exception as error:
+            missing.append(f"{group}: {type(error).__name__}: {str(error).strip()[:300]}")
+            progress.say(missing[-1])
+    return missing
+
+
+def _take_one(group, device, dtype, progress, context, write, op, say) -> None:
+    if group.stem:
+        module = importlib.import_module(f"benchmarks.bench_{group.stem}")
+        found = bench.price_all(
+            module.prices, group.shape, group.tokens, device=device, context=context, say=say,
+            seconds=min(1.0, group.expected_s / 20), op=op,
+        )  # fmt: skip
+        for record in found:
+            write(record)
+        return
+    bench_experts.price(
+        group.shape, group.tokens, group.names, device=device, dtype=dtype, context=context,
+        passes=bench_experts.PASSES[1:] if group.backward else bench_experts.PASSES[:1], say=say,
+        write=write, seconds=min(8.0, group.expected_s / 5), deadline=progress.deadline,
+    )  # fmt: skip
+
+
+def table(taken: list[dict[str, Any]]) -> str:
+    """What was measured, short: milliseconds, spread, shares of the roofs, errors."""
+    head = f"{'':<38}{'ms':>10}{'p20':>10}{'p80':>10}{'copy':>7}{'matmul':>8}{'error':>7}  how"
+    lines = []
+    for record in taken:
+        name = f"{record['op']}, {record['pass']}, {record['shape']}, T = {record['tokens']}"
+        lines += ["", name, head]
+        for candidate, found in record["results"].items():
+            if "ms" not in found:
+                lines.append(f"  {candidate:<36}{found['not_run'][:60]:>12}")
+                continue
+            shares = (found.get("share_of_copy"), found.get("share_of_matmul"))
+            copy, matmul = (f"{share:.0%}" if share else "" for share in shares)
+            lines.append(
+                f"  {candidate:<36}{found['ms']:>10.4g}{found['p20']:>10.4g}{found['p80']:>10.4g}"
+                f"{copy:>7}{matmul:>8}{found['error_ratio']:>7.2f}  "
+                f"{found['how']} x{found['rounds']}"
+            )
+    return "\n".join(lines[1:])
+
+
+def wrong(taken: list[dict[str, Any]]) -> list[str]:
+    """Ours that failed the check or could not run, which is a failure of the whole command."""
+    return [
+        f"{record['op']}, {record['shape']}, T = {record['tokens']}: {name}: {found['not_run']}"
+        for record in taken
+        for name, found in record["results"].items()
+        if "not_run" in found and (name.startswith("ours") or record["benchmark"] != "experts")
+        and name != "torch" and found["not_run"] != "no time left"
+    ]  # fmt: skip
+
+
+def chosen(given: argparse.Namespace, device: str) -> list[Group]:
+    """The groups that the command line asks for."""
+    default = SWEPT if device == "cuda" else "small"
+    if given.op:
+        stems = [stem for stem in STEMS if given.op == stem] or list(STEMS)
+        names = given.shape or [default]
+        return [
+            Group(name, tokens, 20, stem=stem)
+            for stem in stems for name in names for tokens in given.tokens or [SHAPES[name].tokens]
+        ]  # fmt: skip
+    if given.shape or given.tokens or not (given.quick or given.all):
+        passes = (False, True) if given.backward else (False,)
+        return [
+            layer(name, tokens, tuple(given.candidates or ALL), 60, backward)
+            for name in given.shape or [default]
+            for tokens in given.tokens or [SHAPES[name].tokens]
+            for backward in passes
+        ]
+    groups = everything() if given.all else quick()
+    if device == "cpu":
+        # The wide shapes take minutes a candidate there: the small one stands for them all.
+        moved = [
+            g._replace(shape="small", tokens=min(g.tokens, SHAPES["small"].tokens)) for g in groups
+        ]
+        groups = list(dict.fromkeys(moved))
+    return groups
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="the main shape, short ops: 2.5 minutes")
+    size.add_argument("--all", action="store_true", help="all named shapes: 9 minutes")
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, help="layers of these shapes")
+    parser.add_argument("--tokens", nargs="+", type=int, help="default: the shape's")
+    parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, metavar="NAME")
+    parser.add_argument("--op", help=f"single ops instead: {', '.join(STEMS)}, or part of a name")
+    parser.add_argument("--backward", action="store_true", help="forward + backward too")
+    parser.add_argument("--device", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--seconds", type=float, help="budget; default 150, with --all 530")
+    parser.add_argument("--commit", help="to record, where the sources have no git history")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=records.RESULTS,
+        help="folder of records, or one .jsonl file for all",
+    )
+    given = parser.parse_args(words)
+    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    progress = Progress(given.seconds or (530 if given.all else 150))
+    groups, op = chosen(given, device), given.op if given.op not in STEMS else ""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    progress.say("measuring a large copy and a large matrix product")
+    context = {**records.environment(device, given.commit), "roofs": records.roofs(device)}
+    taken: list[dict[str, Any]] = []
+
+    def write(record: dict[str, Any]) -> None:
+        taken.append(record)
+        records.append(record, given.results)
+
+    dtype = getattr(torch, given.dtype) if given.dtype else DTYPES[device]
+    missing = take(groups, device, dtype, progress, context, write, op or "")
+    where = context
+    print(f"{where['device']}, torch {where['torch']}, triton {where['triton']}, {where['commit']}")
+    print(f"copy {where['roofs']['copy_tb_s']} TB/s, matmul {where['roofs']['matmul_tflop_s']} "
+          f"TFLOP/s ({where['roofs']['matmul_dtype']})\n")  # fmt: skip
+    print(table(taken))
+    faults = wrong(taken)
+    for line in (*missing, *faults):
+        print(f"MISSING: {line}")
+    progress.say(f"{len(taken)} records in {given.results}")
+    begun = [line for line in missing if "no time left" not in line]
+    return 1 if faults or begun or not taken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
