@@ -54,6 +54,15 @@ inline void check_int32_range(int64_t value, const char* name) {
     STD_TORCH_CHECK(value >= 0 && value <= INT32_MAX, name, " must fit in 32 bits, got ", value);
 }
 
+// What a selected expert's weight is made of; the numbers are those of _native/routing.py.
+enum class Scoring : int { softmax = 0, sigmoid = 1, unit = 2 };
+
+inline Scoring scoring_of(int64_t code, Scoring last = Scoring::unit) {
+    STD_TORCH_CHECK(code >= 0 && code <= int64_t(last), "scoring must be in [0, ", int64_t(last),
+                    "], got ", code);
+    return static_cast<Scoring>(code);
+}
+
 // Checks of the arguments that the CPU and CUDA forms of an op share; each returns nothing and
 // throws std::runtime_error.
 inline void check_topk_route(const Tensor& logits_TE, const OptionalTensor& bias,

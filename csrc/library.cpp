@@ -36,11 +36,11 @@ STABLE_TORCH_LIBRARY(flexmore_native, m) {
     m.def("cuda_runs_on(int device) -> bool");
 
     m.def(
-        "topk_route(Tensor logits, Tensor? bias, Tensor? mask, int top_k, bool norm_topk_prob)"
-        " -> (Tensor, Tensor)");
+        "topk_route(Tensor logits, Tensor? bias, Tensor? mask, int top_k, bool norm_topk_prob,"
+        " int scoring) -> (Tensor, Tensor)");
     m.def(
         "topk_route_backward(Tensor dweights, Tensor logits, Tensor? bias, Tensor? mask,"
-        " Tensor indices, bool norm_topk_prob) -> Tensor");
+        " Tensor indices, bool norm_topk_prob, int scoring) -> Tensor");
     m.def(
         "make_plan(Tensor indices, int num_experts, bool by_set)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");

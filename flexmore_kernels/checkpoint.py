@@ -77,6 +77,7 @@ def layer_arguments(layout: Layout, layer: int) -> dict[str, Any]:
         "expert_ranks": layout.layer_ranks[layer],
         "top_k": config["num_experts_per_tok"],
         "norm_topk_prob": config.get("norm_topk_prob", False),
+        "scoring": config.get("scoring", "softmax"),
         "expert_bias": layout.expert_bias,
     }
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SCORINGS = ("softmax", "topk_softmax", "sigmoid", "unit")
+"""What a selected expert may weigh: see `ops.topk_route`."""
 
 _validating: contextvars.ContextVar[bool] = contextvars.ContextVar("validating", default=False)
 
@@ -86,6 +88,13 @@ def check_int(name: str, value: object, low: int, high: int | None = None) -> in
     if number < low or (high is not None and number > high):
         raise ValueError(f"{name}: got {number}; accepted: {accepted}")
     return number
+
+
+def check_one_of(name: str, value: object, accepted: Iterable) -> None:
+    """Check that `value` is one of the accepted objects, or equal to an accepted string."""
+    if not any(value is one or (isinstance(one, str) and value == one) for one in accepted):
+        listed = ", ".join(repr(one) for one in accepted)
+        raise ValueError(f"{name}: got {value!r}; accepted: {listed}")
 
 
 def check_ranks(name: str, ranks: object, num_experts: int) -> tuple[int, ...]:

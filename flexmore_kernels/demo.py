@@ -121,7 +121,7 @@ def _checks(
 
     y_TD, routing = ours(x_TD, return_routing=True)
     logits_TE, weights_TK, indices_TK = routing
-    how = {"top_k": arguments["top_k"], "norm_topk_prob": arguments["norm_topk_prob"]}
+    how = {name: arguments[name] for name in ("top_k", "norm_topk_prob", "scoring")}
     bias = stored.get("gate.expert_bias")
     wide = _double(bias)
     routed = reference.topk_route(logits_TE, bias=bias, **how)

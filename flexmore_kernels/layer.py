@@ -8,14 +8,14 @@ with W_e full-size, or W_0 + B_e A_e, or W_0. Maths: reference/layer.py.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
-from .checks import FLOATS, check_int, check_tensor, checks_values
+from .checks import FLOATS, SCORINGS, check_int, check_one_of, check_tensor, checks_values
 from .ops.routing import Routing
 from .ragged import StackedFactors
 from .storage import PROJECTIONS, Experts, StackedExperts, Weight, init_full, parse_ranks
@@ -37,8 +37,9 @@ class Router(Weight):
 class FlexMoRE(nn.Module):
     """A mixture of full-size and low-rank experts around a shared base, in place of a SwiGLU FFN.
 
-    Routing: logits = x G^T + min(bias, 0) on experts 1..; p = softmax over all allowed experts; the
-    `top_k` largest by (logit descending, index ascending) are selected with weight p.
+    Routing: logits = x G^T + min(bias, 0) on experts 1..; the `top_k` largest by (logit descending,
+    index ascending) are selected; their weights p are, by `scoring`, the softmax over all allowed
+    experts, or as `ops.topk_route` says.
 
     Args:
         hidden_size, intermediate_size: D and F.
@@ -48,7 +49,8 @@ class FlexMoRE(nn.Module):
         top_k: experts a token, 1 to E.
         norm_topk_prob: divide the selected weights by their sum.
         expert_bias: a learnable bias for experts 1.., of which only the negative part counts.
-        scoring, router, shared_expert: "softmax", "linear" and False are what there is.
+        scoring: "softmax", "topk_softmax", "sigmoid" or "unit".
+        router, shared_expert: "linear" and False are what there is.
         router_dtype: dtype of the router's logits; None is x's dtype, as Hugging Face does.
         stacked_factors: keep the factors of all experts in six parameters; default: when E > 64.
 
@@ -90,15 +92,16 @@ class FlexMoRE(nn.Module):
         self.num_experts = len(triples)
         self.expert_ranks = tuple(_shortest(triple) for triple in triples)
         self.top_k = check_int("top_k", top_k, 1, self.num_experts)
-        _check_one_of("norm_topk_prob", norm_topk_prob, (False, True))
-        _check_one_of("expert_bias", expert_bias, (False, True))
-        _check_one_of("scoring", scoring, ("softmax",))
-        _check_one_of("router", router, ("linear",))
-        _check_one_of("shared_expert", shared_expert, (False,))
-        _check_one_of("router_dtype", router_dtype, (None, *FLOATS))
-        _check_one_of("stacked_factors", stacked_factors, (None, False, True))
-        _check_one_of("dtype", dtype, (None, *FLOATS))
-        self.norm_topk_prob, self.router_dtype = norm_topk_prob, router_dtype
+        check_one_of("norm_topk_prob", norm_topk_prob, (False, True))
+        check_one_of("expert_bias", expert_bias, (False, True))
+        check_one_of("scoring", scoring, SCORINGS)
+        check_one_of("router", router, ("linear",))
+        check_one_of("shared_expert", shared_expert, (False,))
+        check_one_of("router_dtype", router_dtype, (None, *FLOATS))
+        check_one_of("stacked_factors", stacked_factors, (None, False, True))
+        check_one_of("dtype", dtype, (None, *FLOATS))
+        self.norm_topk_prob, self.scoring = norm_topk_prob, scoring
+        self.router_dtype = router_dtype
         if stacked_factors is None:
             stacked_factors = self.num_experts > STACK_ABOVE
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -192,6 +195,7 @@ class FlexMoRE(nn.Module):
             bias=self.gate.expert_bias,
             mask=expert_mask,
             norm_topk_prob=self.norm_topk_prob,
+            scoring=self.scoring,
         )
         p_TK = _cast(routing.weights, torch.promote_types(x_TD.dtype, torch.float32))
         return ops.experts(x_TD, routing.indices, p_TK, gate, up, down), routing
@@ -258,7 +262,7 @@ class FlexMoRE(nn.Module):
         return (
             f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, "
             f"expert_ranks=({ranks}{more}), top_k={self.top_k}, "
-            f"norm_topk_prob={self.norm_topk_prob}"
+            f"norm_topk_prob={self.norm_topk_prob}, scoring={self.scoring!r}"
         )
 
 
@@ -269,12 +273,6 @@ def _shortest(triple: tuple) -> int | tuple:
     if triple[0] != 0 and triple == (triple[0],) * 3:
         return triple[0]
     return triple
-
-
-def _check_one_of(name: str, value: object, accepted: Iterable) -> None:
-    if not any(value is one or (isinstance(one, str) and value == one) for one in accepted):
-        listed = ", ".join(repr(one) for one in accepted)
-        raise ValueError(f"{name}: got {value!r}; accepted: {listed}")
 
 
 def _autocast_dtype(x: object) -> torch.dtype | None:

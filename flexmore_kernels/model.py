@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .checks import check_int, check_tensor
+from .checks import check_int, check_one_of, check_tensor
 from .layer import FlexMoRE
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
@@ -51,6 +51,7 @@ class FlexMoREConfig:
     num_experts: int | None = None
     num_experts_per_tok: int = 5
     norm_topk_prob: bool = False
+    scoring: str = "softmax"
     expert_bias: bool = False
     expert_ranks: Sequence | None = None
     tie_word_embeddings: bool = False
@@ -109,9 +110,7 @@ class FlexMoREConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> FlexMoREConfig:
         """The config of a config.json; refuses, by name, what the decoder does not compute."""
         for name, accepted in _ONLY.items():
-            if values.get(name, accepted[0]) not in accepted:
-                listed = ", ".join(repr(one) for one in accepted)
-                raise ValueError(f"{name}: got {values[name]!r}; accepted: {listed}")
+            check_one_of(name, values.get(name, accepted[0]), accepted)
         for name in ("rope_parameters", "rope_scaling"):
             rope = values.get(name) or {}
             kind = rope.get("rope_type", rope.get("type", "default"))
@@ -207,6 +206,7 @@ class Block(nn.Module):
             config.layer_ranks(layer),
             config.num_experts_per_tok,
             norm_topk_prob=config.norm_topk_prob,
+            scoring=config.scoring,
             expert_bias=config.expert_bias,
             **kind,
         )

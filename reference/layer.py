@@ -86,7 +86,8 @@ class FlexMoRE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.top_k, self.norm_topk_prob, self.router_dtype = top_k, norm_topk_prob, router_dtype
+        self.top_k, self.norm_topk_prob, self.scoring = top_k, norm_topk_prob, scoring
+        self.router_dtype = router_dtype
         sizes, kind = (hidden_size, intermediate_size), {"device": device, "dtype": dtype}
         self.gate = Router(len(expert_ranks), hidden_size, expert_bias, **kind)
         triples = [("full",) * 3 if r == 0 else r for r in expert_ranks]
@@ -137,6 +138,7 @@ class FlexMoRE(nn.Module):
             bias=self.gate.expert_bias,
             mask=expert_mask,
             norm_topk_prob=self.norm_topk_prob,
+            scoring=self.scoring,
         )
         weights = routing.weights.to(torch.promote_types(x.dtype, torch.float32))
         gate, up, down = (

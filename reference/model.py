@@ -87,6 +87,7 @@ class Block(nn.Module):
             ranks,
             config.num_experts_per_tok,
             norm_topk_prob=config.norm_topk_prob,
+            scoring=config.scoring,
             expert_bias=config.expert_bias,
             **kind,
         )

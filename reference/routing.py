@@ -3,19 +3,27 @@ expert.
 
     l = x G^T                                     logits, in x's dtype (or given)
     v_0 = l_0,  v_e = l_e + min(b_e, 0)  e > 0    biased logits, in acc
-    p = softmax of v over the allowed experts     in acc
-    e_1 .. e_K: the allowed experts by (v descending, index ascending);  w_k = p[e_k]
-    norm_topk_prob:  w_k = p[e_k] / sum_j p[e_j]
+    e_1 .. e_K: the allowed experts by (v descending, index ascending)
+
+    scoring          w_k, in acc; norm_topk_prob: w_k / sum_j w_j
+    "softmax"        p[e_k], p = softmax of v over the allowed experts
+    "topk_softmax"   softmax of v over e_1 .. e_K              = "softmax" with norm_topk_prob
+    "sigmoid"        sigma(v[e_k])
+    "unit"           1
 
 An expert that the mask excludes is never selected; if fewer than K are allowed, the last slots are
-*empty*: index E, weight 0. An allowed expert with logit -inf has p = 0 and comes after the finite
-ones. A token for which the softmax does not exist (no allowed expert, a NaN among the allowed
-logits, or their largest is infinite) has only empty slots.
+*empty*: index E, weight 0. An allowed expert with logit -inf has p = 0, sigma = 0 and comes after
+the finite ones. A token for which the softmax does not exist (no allowed expert, a NaN among the
+allowed logits, or their largest is infinite) has only empty slots, whatever the scoring.
 
-Gradient, given dw and s = the selected experts (p[e_k] of an empty slot is 0):
+Gradient, given dw and s = the selected experts (p[e_k] and w_k of an empty slot are 0):
 
-    as they are:     dv_e = p_e ([e in s] dw_e - sum_j p_{e_j} dw_j)     over all allowed e
-    renormalised:    dv_e = w_e (dw_e - sum_j w_j dw_j)                  over e in s, 0 elsewhere
+    softmax:                 dv_e = p_e ([e in s] dw_e - sum_j p_{e_j} dw_j)     over all allowed e
+    softmax renormalised,
+    topk_softmax:            dv_e = w_e (dw_e - sum_j w_j dw_j)                  over e in s, else 0
+    sigmoid:                 dv_e = w_e (1 - sigma(v_e)) dw_e                    over e in s, else 0
+    sigmoid renormalised:    dv_e = w_e (1 - sigma(v_e)) (dw_e - sum_j w_j dw_j) over e in s, else 0
+    unit:                    dv_e = 0
     dl = dv,  db_e = dv_e * (1 if b_e < 0, 1/2 if b_e = 0, 0 if b_e > 0),  dx = dl G,  dG = dl^T x
 """
 
@@ -28,6 +36,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 MAX_SET_EXPERTS = 8
+SCORINGS = ("softmax", "topk_softmax", "sigmoid", "unit")
 
 
 class Routing(NamedTuple):
@@ -67,6 +76,7 @@ def topk_route(
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     norm_topk_prob: bool = False,
+    scoring: str = "softmax",
 ) -> Routing:
     """Choose `top_k` experts per token from x (T, D) and weight (E, D), or from logits x (T, E) if
     weight is None.
@@ -74,6 +84,8 @@ def topk_route(
     `bias` (E-1,) belongs to experts 1..; `mask` is bool (E,) or (T, E), True where the token may
     use the expert.
     """
+    if scoring not in SCORINGS:
+        raise ValueError(f"scoring: got {scoring!r}; accepted: {', '.join(map(repr, SCORINGS))}")
     logits_TE = x if weight is None else F.linear(x, weight)
     T, E = logits_TE.shape
     v_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
@@ -87,14 +99,28 @@ def topk_route(
     usable_T1 = usable_TE.any(1, keepdim=True)
     # A token without a softmax gets zeros in its place, so that no NaN enters the gradient.
     v_TE = v_TE.masked_fill(~usable_TE, -torch.inf).masked_fill(~usable_T1, 0)
-    p_TE = v_TE.softmax(1)
 
     by_logit_TE = v_TE.detach().argsort(dim=1, descending=True, stable=True)
     allowed_first_TE = (~usable_TE).gather(1, by_logit_TE).int().argsort(dim=1, stable=True)
     indices_TK = by_logit_TE.gather(1, allowed_first_TE)[:, :top_k]
     chosen_TK = usable_TE.gather(1, indices_TK)
-    weights_TK = p_TE.gather(1, indices_TK) * chosen_TK
-    if norm_topk_prob:
+
+    def softmax_over_chosen(u_TK: Tensor) -> Tensor:
+        u_TK = u_TK.masked_fill(~chosen_TK, -torch.inf).masked_fill(~usable_T1, 0)
+        return u_TK.softmax(1) * chosen_TK
+
+    v_TK = v_TE.gather(1, indices_TK)
+    if scoring == "softmax":
+        weights_TK = v_TE.softmax(1).gather(1, indices_TK) * chosen_TK
+    elif scoring == "topk_softmax":
+        weights_TK = softmax_over_chosen(v_TK)
+    elif scoring == "sigmoid" and norm_topk_prob:
+        weights_TK = softmax_over_chosen(F.logsigmoid(v_TK))  # sigma / sum of sigma, no underflow
+    elif scoring == "sigmoid":
+        weights_TK = v_TK.sigmoid() * chosen_TK
+    else:
+        weights_TK = chosen_TK.to(v_TE.dtype)
+    if norm_topk_prob and scoring in ("softmax", "unit"):
         weights_TK = weights_TK / weights_TK.sum(1, keepdim=True).masked_fill(~usable_T1, 1)
     return Routing(logits_TE, weights_TK, indices_TK.masked_fill(~chosen_TK, E))
 

@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import flexmore_kernels as fk
 import reference
 from flexmore_kernels import testing
+from flexmore_kernels.checks import SCORINGS
 from flexmore_kernels.testing import CASE_IDS, CASES, assert_accurate
 
 RANKS = (0, 3, (2, 0, "full"), 0, (0, 0, 0))
@@ -37,7 +38,8 @@ def make(ranks=RANKS, top_k=3, hidden=16, intermediate=24, device="cpu", seed=0,
 
 def twin(layer, dtype=None, **options):
     """The reference layer of the same weights and options."""
-    options = {"norm_topk_prob": layer.norm_topk_prob, "router_dtype": layer.router_dtype} | options
+    same = ("norm_topk_prob", "scoring", "router_dtype")
+    options = {name: getattr(layer, name) for name in same} | options
     copy = reference.FlexMoRE(
         layer.hidden_size,
         layer.intermediate_size,
@@ -109,9 +111,26 @@ def test_layer_forward_and_backward(case, stacked, device, kernels):
 
 
 @pytest.mark.parametrize("norm", [False, True])
-def test_layer_gradcheck(norm):
+@pytest.mark.parametrize("scoring", SCORINGS)
+def test_layer_scoring(scoring, norm, device, kernels):
+    layer = make(device=device, scoring=scoring, norm_topk_prob=norm, expert_bias=True)
+    assert f"scoring={scoring!r}" in repr(layer)
+    truth, same = [], []
+    for _ in range(8):
+        x, dy = testing.make_x(33, 16, device), testing.make_x(33, 16, device)
+        truth.append(gradients(twin(layer, torch.float64), x.double(), dy))
+        same.append(gradients(twin(layer), x, dy))
+    ours = gradients(layer, x, dy)
+    for name in ("y", "dx", "gate.weight", "gate.expert_bias"):
+        columns = ([draw[name] for draw in draws] for draws in ([ours], truth, same))
+        testing.assert_accurate_draws(*columns, name=name)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("scoring", SCORINGS)
+def test_layer_gradcheck(scoring, norm):
     layer = make((0, 2, (1, "full", 0)), 2, 4, 5, dtype=torch.float64, expert_bias=True,
-                 norm_topk_prob=norm)  # fmt: skip
+                 norm_topk_prob=norm, scoring=scoring)  # fmt: skip
     names, parameters = zip(*layer.named_parameters(), strict=True)
     x = testing.make_x(5, 4, dtype=torch.float64).requires_grad_()
 

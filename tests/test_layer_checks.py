@@ -42,7 +42,10 @@ CONSTRUCTOR = [
     ({"expert_ranks": [0, (1, None, 2), 3]}, r"expert_ranks\[1\]\[1\]: got None"),
     ({"norm_topk_prob": 1}, "norm_topk_prob: got 1; accepted: False, True"),
     ({"expert_bias": None}, "expert_bias: got None"),
-    ({"scoring": "sigmoid"}, "scoring: got 'sigmoid'; accepted: 'softmax'"),
+    (
+        {"scoring": "relu"},
+        "scoring: got 'relu'; accepted: 'softmax', 'topk_softmax', 'sigmoid', 'unit'",
+    ),
     ({"router": "nexus"}, "router: got 'nexus'; accepted: 'linear'"),
     ({"shared_expert": True}, "shared_expert: got True; accepted: False"),
     ({"router_dtype": "float32"}, "router_dtype: got 'float32'"),

@@ -113,20 +113,23 @@ def test_silu_at_the_ends(dtype, vector_width):
 # --- each kernel as aten's
 
 
+@pytest.mark.parametrize("scoring", ("softmax", "sigmoid", "unit"))
 @pytest.mark.parametrize("norm", (False, True))
 @pytest.mark.parametrize("masked", ("all", "each", "expanded"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_topk_route(dtype, masked, norm):
+def test_topk_route(dtype, masked, norm, scoring):
     for T, E, K in ((0, 4, 2), (1, 1, 1), (33, 7, 5), (40, 8, 8), (50, 40, 3), (9, 300, 300)):
         logits = (torch.randint(-9, 9, (T, E)) / 4).to(dtype)  # many ties
         bias = torch.randn(E - 1).to(dtype)
         mask = None if masked == "all" else torch.rand(T, E) < 0.6
         if masked == "expanded":
             mask = (torch.rand(1, E) < 0.6).expand(T, E)
-        out = routing.topk_route(logits, bias, mask, K, norm)
-        assert_close(out, aten_routing.topk_route(logits, bias, mask, K, norm), acc(dtype))
+        out = routing.topk_route(logits, bias, mask, K, norm, scoring)
+        assert_close(out, aten_routing.topk_route(logits, bias, mask, K, norm, scoring), acc(dtype))
+        if scoring == "unit":
+            continue
         dweights = torch.randn(T, K, dtype=acc(dtype)).masked_fill(out[1] == E, 0)
-        arguments = (dweights, logits, bias, mask, out[1], norm)
+        arguments = (dweights, logits, bias, mask, out[1], norm, scoring)
         dlogits = aten_routing.topk_route_backward(*arguments)
         assert_close(routing.topk_route_backward(*arguments), dlogits, acc(dtype))
 
@@ -135,17 +138,19 @@ def test_topk_route_without_a_softmax():
     logits = torch.tensor(
         [[1.0, 2, 2, 1], [NAN, 0, 0, 0], [0, -INF, 1, -INF], [-INF] * 4, [INF, 0, 0, 0]]
     )
-    weights, indices = routing.topk_route(logits, None, None, 3, False)
+    weights, indices = routing.topk_route(logits, None, None, 3, False, "softmax")
     assert indices.tolist() == [[1, 2, 0], [4, 4, 4], [2, 0, 1], [4, 4, 4], [4, 4, 4]]
     assert (weights[[1, 3, 4]] == 0).all() and weights.isfinite().all()
-    dlogits = routing.topk_route_backward(torch.ones(5, 3), logits, None, None, indices, False)
+    arguments = (logits, None, None, indices, False, "softmax")
+    dlogits = routing.topk_route_backward(torch.ones(5, 3), *arguments)
     assert dlogits.isfinite().all() and (dlogits[[1, 3, 4]] == 0).all()
 
 
 def test_topk_route_linear():
     x, weight = torch.randn(20, 24), torch.randn(6, 24)
-    ours = routing.topk_route_linear(x, weight, None, None, 3, True)
-    assert_close(ours, aten_routing.topk_route_linear(x, weight, None, None, 3, True), x.dtype)
+    arguments = (x, weight, None, None, 3, True, "softmax")
+    ours = routing.topk_route_linear(*arguments)
+    assert_close(ours, aten_routing.topk_route_linear(*arguments), x.dtype)
 
 
 @pytest.mark.parametrize("tokens", (0, 1, 5, 300))
@@ -230,13 +235,25 @@ def test_bits_do_not_depend_on_the_number_of_threads():
 # --- a wrong call is refused, not read out of bounds
 
 
+def route(logits, bias, mask, top_k, code=0):
+    return torch.ops.flexmore_native.topk_route(logits, bias, mask, top_k, False, code)
+
+
+def unit_backward(logits, indices):
+    return torch.ops.flexmore_native.topk_route_backward(
+        torch.zeros(indices.shape), logits, None, None, indices, False, 2
+    )
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: routing.topk_route(torch.zeros(2, 3), None, None, 4, False), "top_k must be in"),
-        (lambda: routing.topk_route(torch.zeros(2, 3).int(), None, None, 1, False), "dtype Int"),
-        (lambda: routing.topk_route(torch.zeros(3, 2).T, None, None, 1, False), "contiguous"),
-        (lambda: routing.topk_route(torch.zeros(2, 3), torch.zeros(3), None, 1, False), "bias"),
+        (lambda: route(torch.zeros(2, 3), None, None, 4), "top_k must be in"),
+        (lambda: route(torch.zeros(2, 3).int(), None, None, 1), "dtype Int"),
+        (lambda: route(torch.zeros(3, 2).T, None, None, 1), "contiguous"),
+        (lambda: route(torch.zeros(2, 3), torch.zeros(3), None, 1), "bias"),
+        (lambda: route(torch.zeros(2, 3), None, None, 1, 3), "scoring must be in \\[0, 2\\]"),
+        (lambda: unit_backward(torch.zeros(2, 3), torch.zeros(2, 1).long()), "scoring must be in"),
         (lambda: routing.make_plan(torch.zeros(2, 2).int(), 3, True), "indices has dtype Int"),
         (lambda: routing.make_plan(torch.zeros(2, 2).long(), 9, True), "at most 8"),
         (

@@ -18,7 +18,8 @@ from torch import Tensor
 
 import reference
 from flexmore_kernels import backend, ops
-from flexmore_kernels.testing import assert_accurate, assert_same
+from flexmore_kernels.checks import SCORINGS
+from flexmore_kernels.testing import assert_accurate, assert_accurate_draws, assert_same
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -69,6 +70,9 @@ CASES = (
          torch.tensor([False, True, True, False])),
     Case("far_apart", "allowed logits so far apart that p underflows: weight 0, but selected",
          torch.tensor([[0.0, -400, -800, -2000]]), 3),
+    Case("all_low", "so low that every sigmoid underflows: renormalised they do not",
+         grid(4, 5) - 900, 3),
+    Case("all_high", "so high that every sigmoid is 1, its slope 0", grid(4, 5) + 900, 3),
     Case("minus_inf", "an allowed -inf is selected after all finite ones, an excluded one never",
          torch.tensor([[-INF, 1, -INF, -INF, 0]]), 4, None,
          torch.tensor([True, True, False, True, True])),
@@ -85,7 +89,16 @@ CASES = (
          torch.tensor([[INF, 0, 1], [-INF, -INF, -INF], [0, 1, 2]]), 2, None, None, False),
 )  # fmt: skip
 ROUTABLE = [case for case in CASES if case.routable]
-NORMS = pytest.mark.parametrize("norm", (False, True), ids=("softmax", "renormalised"))
+# topk_softmax reaches the kernels as softmax, renormalised: see test_topk_softmax.
+SCORED = pytest.mark.parametrize(
+    "scored",
+    [
+        {"scoring": s, "norm_topk_prob": n}
+        for s in ("softmax", "sigmoid", "unit")
+        for n in (False, True)
+    ],
+    ids=lambda scored: scored["scoring"] + "-renormalised" * scored["norm_topk_prob"],
+)
 
 
 def by_name(cases):
@@ -106,7 +119,14 @@ def grads(route, inputs, cotangents, **options):
     leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
     out = route(*leaves[:2], bias=leaves[2], **options)
     leaves = [leaf for leaf in leaves if leaf is not None]
-    return out, torch.autograd.grad((out.logits, out.weights), leaves, cotangents)
+    constant = options.get("scoring") == "unit"
+    assert out.weights.requires_grad != constant
+    outputs = (out.logits,) if constant else (out.logits, out.weights)
+    cotangents = cotangents[: len(outputs)]
+    found = torch.autograd.grad(outputs, leaves, cotangents, allow_unused=constant)
+    return out, tuple(
+        torch.zeros_like(a) if g is None else g for a, g in zip(leaves, found, strict=True)
+    )
 
 
 def float64(tensors):
@@ -114,42 +134,48 @@ def float64(tensors):
 
 
 @by_name(ROUTABLE)
-@NORMS
+@SCORED
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_routes_as_the_reference(case, norm, dtype, device, kernels):
+def test_routes_as_the_reference(case, scored, dtype, device, kernels):
     skip_narrow(kernels, device, dtype)
     logits, bias, mask = inputs(case, device, dtype)
     K = case.top_k
     accumulator = torch.promote_types(dtype, torch.float32)
-    cotangents = (
-        torch.randn(logits.shape).to(device, dtype) / 8,
-        torch.randn(len(logits), K).to(device, accumulator),
-    )
-    given, options = (logits, None, bias), {"top_k": K, "mask": mask, "norm_topk_prob": norm}
+    given, options = (logits, None, bias), {"top_k": K, "mask": mask, **scored}
+    best, same = [], []  # of several draws, since dbias is a few numbers
+    for _ in range(6):
+        cotangents = (
+            torch.randn(logits.shape).to(device, dtype) / 8,
+            torch.randn(len(logits), K).to(device, accumulator),
+        )
+        ref, found = grads(reference.topk_route, given, cotangents, **options)
+        same.append(found)
+        truth, found = grads(reference.topk_route, float64(given), float64(cotangents), **options)
+        best.append(found)
     out, ours = grads(ops.topk_route, given, cotangents, **options)
-    ref, same = grads(reference.topk_route, given, cotangents, **options)
-    truth, best = grads(reference.topk_route, float64(given), float64(cotangents), **options)
     assert_same(out.indices, truth.indices, "indices")
     assert_accurate(out.weights, truth.weights, ref.weights, "weights")
-    for name, a, b, c in zip(("dlogits", "dbias"), ours, best, same, strict=False):
-        assert_accurate(a, b, c, name)
+    columns = zip(zip(*best, strict=True), zip(*same, strict=True), strict=True)
+    for name, a, (b, c) in zip(("dlogits", "dbias"), ours, columns, strict=False):
+        assert_accurate_draws([a], b, c, name)
 
 
 @by_name(CASES)
-@NORMS
-def test_tokens_without_a_softmax_are_empty(case, norm, device, kernels):
+@SCORED
+def test_tokens_without_a_softmax_are_empty(case, scored, device, kernels):
     """The raw kernels, which a GPU runs unchecked: nothing but zeros for such tokens."""
     logits, bias, mask = inputs(case, device, torch.float32)
     mask = None if mask is None else mask.expand(logits.shape)
     raw = backend.kernels("routing", logits)
-    weights, indices = raw.topk_route(logits, bias, mask, case.top_k, norm)
-    expected = reference.topk_route(
-        logits, top_k=case.top_k, bias=bias, mask=mask, norm_topk_prob=norm
-    )
+    norm, scoring = scored["norm_topk_prob"], scored["scoring"]
+    weights, indices = raw.topk_route(logits, bias, mask, case.top_k, norm, scoring)
+    expected = reference.topk_route(logits, top_k=case.top_k, bias=bias, mask=mask, **scored)
     assert_same(indices, expected.indices, "indices")
     torch.testing.assert_close(weights, expected.weights)
+    if scoring == "unit":
+        return
     dweights = torch.randn_like(weights)
-    dlogits = raw.topk_route_backward(dweights, logits, bias, mask, indices, norm)
+    dlogits = raw.topk_route_backward(dweights, logits, bias, mask, indices, norm, scoring)
     assert dlogits.isfinite().all()
     assert (dlogits[(indices == logits.shape[1]).all(1)] == 0).all()
     if mask is not None:
@@ -228,15 +254,17 @@ def test_routes_for_any_shape_and_mask(data, device, kernels):
     mask[:, seed % E] = True
     logits, mask = grid(T, E, seed).to(device, torch.float32), mask.to(device)
     bias = grid(1, E, seed + 1)[0, 1:].to(device, torch.float32)
-    options = {"top_k": K, "bias": bias, "mask": mask, "norm_topk_prob": bool(seed % 2)}
+    scoring = data.draw(st.sampled_from(SCORINGS))
+    options = {"top_k": K, "bias": bias, "mask": mask, "norm_topk_prob": bool(seed % 2),
+               "scoring": scoring}  # fmt: skip
     out, ref = ops.topk_route(logits, **options), reference.topk_route(logits, **options)
     assert_same(out.indices, ref.indices)
     torch.testing.assert_close(out.weights, ref.weights)
     assert torch.equal(out.indices == E, torch.arange(K, device=device) >= mask.sum(1)[:, None])
 
 
-@NORMS
-def test_gradcheck(norm, device, kernels):
+@SCORED
+def test_gradcheck(scored, device, kernels):
     """Through the kernels in float64; the ids are constant near these logits."""
     x = torch.randn(3, 4, dtype=torch.float64, device=device, requires_grad=True)
     weight = torch.randn(5, 4, dtype=torch.float64, device=device, requires_grad=True)
@@ -244,11 +272,11 @@ def test_gradcheck(norm, device, kernels):
     mask = choice(3, 5).to(device)
 
     def linear(x, weight, bias):
-        out = ops.topk_route(x, weight, top_k=3, bias=bias, mask=mask, norm_topk_prob=norm)
+        out = ops.topk_route(x, weight, top_k=3, bias=bias, mask=mask, **scored)
         return out.logits, out.weights
 
     def given_logits(logits, bias):
-        return ops.topk_route(logits, top_k=3, bias=bias, norm_topk_prob=norm).weights
+        return ops.topk_route(logits, top_k=3, bias=bias, **scored).weights
 
     assert torch.autograd.gradcheck(linear, (x, weight, bias), fast_mode=True)
     logits = (x @ weight.T).detach().requires_grad_()

@@ -7,7 +7,9 @@ import torch
 from common import some_ids, to_device
 from torch import Tensor
 
+import reference
 from flexmore_kernels import ops, validation
+from flexmore_kernels.checks import SCORINGS
 from flexmore_kernels.testing import assert_same
 
 
@@ -17,27 +19,30 @@ def some_mask(tokens: int, experts: int) -> Tensor:
     return mask
 
 
-def test_routing_opcheck(device, kernels):
+@pytest.mark.parametrize("scoring", ("softmax", "sigmoid", "unit"))
+def test_routing_opcheck(scoring, device, kernels):
     logits = torch.randn(4, 5, device=device, requires_grad=True)
     weight = torch.randn(3, 5, device=device, requires_grad=True)
     bias = torch.randn(4, device=device, requires_grad=True)
     mask = some_mask(4, 5).to(device)
-    weights, indices = torch.ops.flexmore.topk_route(logits, bias, mask, 2, False)
+    weights, indices = torch.ops.flexmore.topk_route(logits, bias, mask, 2, False, scoring)
     flexmore = torch.ops.flexmore
-    torch.library.opcheck(flexmore.topk_route.default, (logits, bias, mask, 2, True))
+    torch.library.opcheck(flexmore.topk_route.default, (logits, bias, mask, 2, True, scoring))
     torch.library.opcheck(
-        flexmore.topk_route_linear.default, (logits, weight, None, None, 2, False)
+        flexmore.topk_route_linear.default, (logits, weight, None, None, 2, False, scoring)
     )
     torch.library.opcheck(
         flexmore.topk_route_backward.default,
-        (weights.detach(), logits.detach(), bias.detach(), mask, indices, False),
+        (weights.detach(), logits.detach(), bias.detach(), mask, indices, False, scoring),
     )
 
 
-def test_routing_compiles_without_a_break(device, kernels):
+@pytest.mark.parametrize("scoring", SCORINGS)
+def test_routing_compiles_without_a_break(scoring, device, kernels):
     def step(x, weight, mask):
-        out = ops.topk_route(x, weight, top_k=2, mask=mask)
-        return out.weights, out.indices
+        out = ops.topk_route(x, weight, top_k=2, mask=mask, scoring=scoring)
+        # The logits' part: unit weights have no gradient.
+        return out.weights + out.logits[:, :2], out.indices
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
     weight = torch.randn(5, 6, device=device, requires_grad=True)
@@ -66,6 +71,35 @@ def test_routing_captured_in_a_cuda_graph(device, kernels):
     graph.replay()
     for got, want in zip(captured, step(), strict=True):
         assert_same(got, want)
+
+
+def test_topk_softmax(device, kernels):
+    """The softmax over the selected alone is the renormalised softmax, bit for bit."""
+    logits = torch.randn(9, 7, device=device, requires_grad=True)
+    bias = torch.randn(6, device=device, requires_grad=True)
+    dweights = torch.randn(9, 3, device=device)
+
+    def results(route, **options):
+        out = route(logits, top_k=3, bias=bias, **options)
+        return out.indices, out.weights, *torch.autograd.grad(out.weights, (logits, bias), dweights)
+
+    want = results(ops.topk_route, norm_topk_prob=True)
+    for norm in (False, True):
+        options = {"norm_topk_prob": norm, "scoring": "topk_softmax"}
+        got = results(ops.topk_route, **options)
+        for a, b, c in zip(got, want, results(reference.topk_route, **options), strict=True):
+            assert_same(a, b)
+            torch.testing.assert_close(a, c)
+
+
+def test_unit_weights_are_constant(device, kernels):
+    x, weight = torch.randn(5, 8, device=device), torch.randn(4, 8, device=device)
+    weight.requires_grad_()
+    mask = torch.arange(4, device=device) < 2
+    for norm, value in ((False, 1.0), (True, 0.5)):
+        out = ops.topk_route(x, weight, top_k=3, mask=mask, scoring="unit", norm_topk_prob=norm)
+        assert out.logits.requires_grad and not out.weights.requires_grad
+        assert_same(out.weights, torch.tensor([value, value, 0.0], device=device).expand(5, 3))
 
 
 @pytest.mark.parametrize("experts", (5, 12))
@@ -112,6 +146,10 @@ BAD_INPUT = {
     "k_above_e": (ValueError, "top_k", (LOGITS,), {"top_k": 5}),
     "k_fractional": (TypeError, "top_k", (LOGITS,), {"top_k": 1.5}),
     "norm_not_a_bool": (TypeError, "norm_topk_prob", (LOGITS,), {"norm_topk_prob": 1}),
+    "scoring_unknown": (
+        ValueError, "scoring: got 'top'; accepted: 'softmax', 'topk_softmax', 'sigmoid', 'unit'",
+        (LOGITS,), {"scoring": "top"}),
+    "scoring_not_a_string": (ValueError, "scoring", (LOGITS,), {"scoring": 1}),
     "bias_too_long": (ValueError, "bias", (LOGITS,), {"bias": torch.zeros(4)}),
     "bias_of_ints": (TypeError, "bias", (LOGITS,), {"bias": torch.zeros(3).long()}),
     "mask_of_floats": (TypeError, "mask", (LOGITS,), {"mask": torch.ones(4)}),

@@ -75,10 +75,26 @@ struct Softmax {
         }
         for (Iterator e = first; e != last; ++e) p[*e] /= sum;
     }
+    // sigma(v) in place of p; renormalised, each times exp(-min(largest, 0)), which cancels, so
+    // that the largest does not underflow.
+    template <class Iterator>
+    void sigmoids(Iterator first, Iterator last, bool renormalize) {
+        p.assign(v.size(), 0);
+        const double shift = renormalize ? std::min(double(largest), 0.0) : 0.0;
+        double sum = 0;
+        for (Iterator e = first; e != last; ++e) {
+            const double x = v[*e];
+            sum += p[*e] = std::exp(std::min(x, 0.0) - shift) / (1 + std::exp(-std::abs(x)));
+        }
+        for (Iterator e = first; renormalize && e != last; ++e) p[*e] /= sum;
+    }
+    // 1 - sigma(v), without cancellation.
+    double slope(int32_t e) const { return 1 / (1 + std::exp(double(v[e]))); }
 };
 
 std::tuple<Tensor, Tensor> topk_route(Tensor logits_TE, OptionalTensor bias, OptionalTensor mask,
-                                      int64_t top_k, bool norm_topk_prob) {
+                                      int64_t top_k, bool norm_topk_prob, int64_t code) {
+    const Scoring scoring = scoring_of(code);
     check_topk_route(logits_TE, bias, mask, top_k);
     const int64_t T = logits_TE.size(0), E = logits_TE.size(1), K = top_k;
     const ScalarType dtype = logits_TE.scalar_type();
@@ -102,7 +118,13 @@ std::tuple<Tensor, Tensor> topk_route(Tensor logits_TE, OptionalTensor bias, Opt
             const int64_t chosen = std::min<int64_t>(K, token.ids.size());
             const auto first = token.ids.begin(), last = first + chosen;
             std::partial_sort(first, last, token.ids.end(), before);
-            token.normalize(first, norm_topk_prob ? last : token.ids.end());
+            if (scoring == Scoring::softmax) {
+                token.normalize(first, norm_topk_prob ? last : token.ids.end());
+            } else if (scoring == Scoring::sigmoid) {
+                token.sigmoids(first, last, norm_topk_prob);
+            } else {
+                token.p.assign(E, norm_topk_prob ? 1.0 / double(chosen) : 1.0);
+            }
             for (int64_t k = 0; k < chosen; ++k) {
                 indices[t * K + k] = token.ids[k];
                 weights[t * K + k] = static_cast<Acc>(token.p[token.ids[k]]);
@@ -120,8 +142,13 @@ std::tuple<Tensor, Tensor> topk_route(Tensor logits_TE, OptionalTensor bias, Opt
 // With p the softmax over the allowed experts, or over the selected ones when the weights were
 // renormalised (the same function), and d the gradient of the weights, 0 off the selection:
 //   dlogits_e = p_e (d_e - sum over e' of p_e' d_e')
+// With p the sigmoids of the selected, the sum is subtracted if they were renormalised, and what is
+// left is multiplied by 1 - sigma(v_e).
 Tensor topk_route_backward(Tensor dweights_TK, Tensor logits_TE, OptionalTensor bias,
-                           OptionalTensor mask, Tensor indices_TK, bool norm_topk_prob) {
+                           OptionalTensor mask, Tensor indices_TK, bool norm_topk_prob,
+                           int64_t code) {
+    const bool sigmoid = scoring_of(code, Scoring::sigmoid) == Scoring::sigmoid;
+    const bool selected_alone = norm_topk_prob || sigmoid;
     const int64_t T = logits_TE.size(0), E = logits_TE.size(1), K = indices_TK.size(1);
     check_topk_route_backward(dweights_TK, logits_TE, bias, mask, indices_TK);
     const ScalarType dtype = logits_TE.scalar_type();
@@ -138,17 +165,26 @@ Tensor topk_route_backward(Tensor dweights_TK, Tensor logits_TE, OptionalTensor 
         const auto token_backward = [&](Softmax<Acc>& token, int64_t t) {
             if (!token.load(logits + t * E, bias_E, allowed, t)) return;
             Acc* d = dlogits + t * E;
-            if (norm_topk_prob) token.ids.clear();
+            if (selected_alone) token.ids.clear();
             for (int64_t k = 0; k < K; ++k) {
                 const int64_t e = indices[t * K + k];
                 if (e < 0 || e >= E) continue;
                 d[e] = dweights[t * K + k];
-                if (norm_topk_prob) token.ids.push_back(static_cast<int32_t>(e));
+                if (selected_alone) token.ids.push_back(static_cast<int32_t>(e));
             }
-            token.normalize(token.ids.begin(), token.ids.end());
+            const auto first = token.ids.begin(), last = token.ids.end();
+            if (sigmoid) {
+                token.sigmoids(first, last, norm_topk_prob);
+            } else {
+                token.normalize(first, last);
+            }
             double mean = 0;
             for (const int32_t e : token.ids) mean += token.p[e] * d[e];
-            for (const int32_t e : token.ids) d[e] = static_cast<Acc>(token.p[e] * (d[e] - mean));
+            if (sigmoid && !norm_topk_prob) mean = 0;
+            for (const int32_t e : token.ids) {
+                const double dp = d[e] - mean;
+                d[e] = static_cast<Acc>(token.p[e] * (sigmoid ? dp * token.slope(e) : dp));
+            }
         };
         const int64_t grain = std::max<int64_t>(1, 4096 / E);
         torch::stable::parallel_for(0, T, grain, [&](int64_t begin, int64_t end) {

@@ -6,137 +6,41 @@
 //
 // A group of 8 or 32 lanes serves a token, lane l holding experts l, l + lanes, ... in registers.
 // Reductions are butterflies of shuffles: a fixed order, no atomics, no block barrier.
-#include <cfloat>
 #include <cmath>
 #include <tuple>
 
 #include "common.cuh"
 #include "plan.cuh"
+#include "token.cuh"
 
 namespace flexmore::cuda {
 namespace {
 
-constexpr int kThreads = 128;
 constexpr int kMaxExperts = 1024;
 
-// What routing reads, the same in both directions.
-struct Inputs {
-    const void* logits;  // (T, E)
-    const void* bias;    // (E - 1,) or null
-    ScalarType logits_dtype, bias_dtype;
-    const bool* mask;  // (T, E) of these strides, or null
-    int64_t mask_t, mask_e;
-    int64_t num_tokens;
-    int num_experts, top_k;
-    bool norm_topk_prob;
-};
-
-// f(element of dtype T at p) for the T that `dtype` names: all threads take the same branch.
-template <class F>
-__device__ __forceinline__ void with_dtype(const void* p, ScalarType dtype, const F& f) {
-    switch (dtype) {
-        case ScalarType::Double:
-            return f(static_cast<const double*>(p));
-        case ScalarType::BFloat16:
-            return f(static_cast<const __nv_bfloat16*>(p));
-        case ScalarType::Half:
-            return f(static_cast<const __half*>(p));
-        default:
-            return f(static_cast<const float*>(p));
+// Sigmoid or unit weights of one token's slots, over the logits that its lanes have kept there.
+// Renormalised, every sigmoid is taken times e^-min(largest, 0), which cancels, so that the largest
+// does not underflow.
+template <class A, int Lanes>
+__device__ __forceinline__ void score_slots(const Inputs& in, bool exists, int64_t slots, int lane,
+                                            double largest, A* weights, const int64_t* indices) {
+    const double shift = in.norm_topk_prob ? fmin(largest, 0.0) : 0;
+    const auto score = [&](int k) -> double {
+        if (indices[slots + k] >= in.num_experts) return 0;
+        return in.scoring == Scoring::unit ? 1 : shifted_sigmoid(weights[slots + k], shift);
+    };
+    double sum = 0;
+    if (exists && in.norm_topk_prob) {
+        for (int k = lane; k < in.top_k; k += Lanes) sum += score(k);
     }
+    sum = group_sum<Lanes>(sum);
+    if (!exists) return;
+    const double divisor = sum > 0 ? sum : 1;
+    for (int k = lane; k < in.top_k; k += Lanes) weights[slots + k] = A(score(k) / divisor);
 }
 
-template <int Lanes, class A>
-__device__ __forceinline__ A group_sum(A x) {
-#pragma unroll
-    for (int offset = Lanes / 2; offset > 0; offset /= 2)
-        x += __shfl_xor_sync(kFullWarp, x, offset);
-    return x;
-}
-
-// One token's biased logits over the lanes of its group; lane l, entry j: expert l + j * Lanes.
-template <class A, int Lanes, int PerLane>
-struct Token {
-    A v[PerLane];
-    unsigned allowed = 0;  // bit j: entry j exists and is allowed
-    A largest;
-    bool usable;  // the largest allowed logit is finite, and none is NaN
-
-    __device__ __forceinline__ Token(const Inputs& in, int64_t t, int lane) {
-#pragma unroll
-        for (int j = 0; j < PerLane; ++j) {
-            const int e = lane + j * Lanes;
-            const bool allowed_here =
-                e < in.num_experts && (!in.mask || in.mask[t * in.mask_t + e * in.mask_e]);
-            allowed |= unsigned(allowed_here) << j;
-        }
-        with_dtype(in.logits, in.logits_dtype, [&](const auto* logits) {
-            const auto* row = logits + t * in.num_experts;
-#pragma unroll
-            for (int j = 0; j < PerLane; ++j) {
-                v[j] = allowed >> j & 1 ? A(to_acc(row[lane + j * Lanes])) : -A(INFINITY);
-            }
-        });
-        if (in.bias) {
-            with_dtype(in.bias, in.bias_dtype, [&](const auto* bias) {
-#pragma unroll
-                for (int j = 0; j < PerLane; ++j) {
-                    const int e = lane + j * Lanes;
-                    if ((allowed >> j & 1) && e > 0) {
-                        const A b = A(to_acc(bias[e - 1]));
-                        v[j] += b < 0 ? b : A(0);
-                    }
-                }
-            });
-        }
-        largest = -A(INFINITY);
-        bool is_nan = false;
-#pragma unroll
-        for (int j = 0; j < PerLane; ++j) {
-            is_nan |= v[j] != v[j];
-            largest = v[j] > largest ? v[j] : largest;
-        }
-#pragma unroll
-        for (int offset = Lanes / 2; offset > 0; offset /= 2) {
-            const A other = __shfl_xor_sync(kFullWarp, largest, offset);
-            largest = other > largest ? other : largest;
-            is_nan |= __shfl_xor_sync(kFullWarp, int(is_nan), offset) != 0;
-        }
-        usable = !is_nan && largest > -A(INFINITY) && largest < A(INFINITY);
-    }
-
-    // p = exp(v - largest) over the entries of `entries`, 0 elsewhere; returns their sum over the
-    // group, in all its lanes. In double: these are few numbers, and expf and float division are
-    // off by several roundings.
-    __device__ __forceinline__ double exponentials(unsigned entries, double (&p)[PerLane]) const {
-#pragma unroll
-        for (int j = 0; j < PerLane; ++j) {
-            p[j] = entries >> j & 1 ? double(v[j]) - double(largest) : -double(INFINITY);
-        }
-        if constexpr (PerLane <= 4) {
-#pragma unroll
-            for (int j = 0; j < PerLane; ++j) p[j] = exp(p[j]);
-        } else {
-            // Through shared memory (each thread its own words), so that a loop that is not
-            // unrolled can index them: unrolled, 32 copies of exp are slow to compile.
-            __shared__ double stage[PerLane * kThreads];
-#pragma unroll
-            for (int j = 0; j < PerLane; ++j) stage[j * kThreads + threadIdx.x] = p[j];
-#pragma unroll 1
-            for (int j = 0; j < PerLane; ++j) {
-                stage[j * kThreads + threadIdx.x] = exp(stage[j * kThreads + threadIdx.x]);
-            }
-#pragma unroll
-            for (int j = 0; j < PerLane; ++j) p[j] = stage[j * kThreads + threadIdx.x];
-        }
-        double sum = 0;
-#pragma unroll
-        for (int j = 0; j < PerLane; ++j) sum += p[j];
-        return group_sum<Lanes>(sum);
-    }
-};
-
-template <class A, int Lanes, int PerLane>
+// IsSoftmax or not is a matter of compilation, so that neither pays for the other's registers.
+template <class A, int Lanes, int PerLane, bool IsSoftmax>
 __global__ void __launch_bounds__(kThreads)
     topk_route_kernel(Inputs in, A* __restrict__ weights, int64_t* __restrict__ indices) {
     const int lane = threadIdx.x % Lanes;
@@ -173,14 +77,18 @@ __global__ void __launch_bounds__(kThreads)
             indices[slots + k] = found ? best_e : in.num_experts;
         }
     }
-    const unsigned chosen = token.allowed & ~open;
-    double p[PerLane];
-    const double sum = token.exponentials(in.norm_topk_prob ? chosen : token.allowed, p);
-    if (!exists) return;
-    for (int k = lane; k < in.top_k; k += Lanes) {
-        const bool found = indices[slots + k] < in.num_experts;
-        const A v = found ? weights[slots + k] : token.largest;
-        weights[slots + k] = found ? A(exp(double(v) - double(token.largest)) / sum) : A(0);
+    if constexpr (!IsSoftmax) {
+        score_slots<A, Lanes>(in, exists, slots, lane, double(token.largest), weights, indices);
+    } else {
+        const unsigned chosen = token.allowed & ~open;
+        double p[PerLane];
+        const double sum = token.exponentials(in.norm_topk_prob ? chosen : token.allowed, p);
+        if (!exists) return;
+        for (int k = lane; k < in.top_k; k += Lanes) {
+            const bool found = indices[slots + k] < in.num_experts;
+            const A v = found ? weights[slots + k] : token.largest;
+            weights[slots + k] = found ? A(exp(double(v) - double(token.largest)) / sum) : A(0);
+        }
     }
 }
 
@@ -225,8 +133,70 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
+// Of sigmoid weights w over the selected: dlogits_e = w_e (1 - sigma(v_e)) (d_e - sum w d), the sum
+// there only if they were renormalised; elsewhere zero. The slots say all: no mask is read, and of
+// the logits only the selected are.
+template <class A, int Lanes>
+__global__ void __launch_bounds__(kThreads)
+    sigmoid_backward_kernel(Inputs in, const A* __restrict__ dweights,
+                            const int64_t* __restrict__ indices, A* __restrict__ dlogits) {
+    const int lane = threadIdx.x % Lanes;
+    const int64_t group = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / Lanes;
+    const bool exists = group < in.num_tokens;
+    const int64_t t = exists ? group : in.num_tokens - 1;
+    const int64_t slots = t * in.top_k;
+    const auto routed = [&](int64_t e) { return e >= 0 && e < in.num_experts; };
+    const auto logit = [&](int64_t e) {
+        double v = 0;
+        with_dtype(in.logits, in.logits_dtype,
+                   [&](const auto* logits) { v = A(to_acc(logits[t * in.num_experts + e])); });
+        if (in.bias && e > 0) {
+            with_dtype(in.bias, in.bias_dtype, [&](const auto* bias) {
+                const A b = A(to_acc(bias[e - 1]));
+                v = A(v) + (b < 0 ? b : A(0));
+            });
+        }
+        return v;
+    };
+    double shift = 0, sum = 1, mean = 0;
+    if (in.norm_topk_prob) {
+        shift = -double(INFINITY);
+        for (int k = lane; k < in.top_k; k += Lanes) {
+            const int64_t e = indices[slots + k];
+            if (routed(e)) shift = fmax(shift, logit(e));
+        }
+#pragma unroll
+        for (int offset = Lanes / 2; offset > 0; offset /= 2)
+            shift = fmax(shift, __shfl_xor_sync(kFullWarp, shift, offset));
+        shift = fmin(shift, 0.0);
+        sum = 0;
+        for (int k = lane; k < in.top_k; k += Lanes) {
+            const int64_t e = indices[slots + k];
+            if (!routed(e)) continue;
+            const double score = shifted_sigmoid(logit(e), shift);
+            sum += score;
+            mean += score * dweights[slots + k];
+        }
+        sum = group_sum<Lanes>(sum);
+        mean = group_sum<Lanes>(mean) / (sum > 0 ? sum : 1);
+    }
+    if (exists) {
+        for (int e = lane; e < in.num_experts; e += Lanes) dlogits[t * in.num_experts + e] = A(0);
+    }
+    __syncwarp();  // the zeros come first, whichever lane writes an expert
+    if (!exists) return;
+    for (int k = lane; k < in.top_k; k += Lanes) {
+        const int64_t e = indices[slots + k];
+        if (!routed(e)) continue;
+        const double v = logit(e);
+        const double w = shifted_sigmoid(v, shift) / sum;
+        const double slope = 1 / (1 + exp(v));
+        dlogits[t * in.num_experts + e] = A(w * slope * (dweights[slots + k] - mean));
+    }
+}
+
 Inputs make_inputs(const Tensor& logits_TE, const OptionalTensor& bias, const OptionalTensor& mask,
-                   int64_t top_k, bool norm_topk_prob) {
+                   int64_t top_k, bool norm_topk_prob, Scoring scoring) {
     STD_TORCH_CHECK(logits_TE.size(1) <= kMaxExperts, "at most ", kMaxExperts, " experts, got ",
                     logits_TE.size(1));
     Inputs in{};
@@ -247,6 +217,7 @@ Inputs make_inputs(const Tensor& logits_TE, const OptionalTensor& bias, const Op
     in.num_experts = static_cast<int>(logits_TE.size(1));
     in.top_k = static_cast<int>(top_k);
     in.norm_topk_prob = norm_topk_prob;
+    in.scoring = scoring;
     return in;
 }
 
@@ -266,7 +237,8 @@ void for_kernel(const Inputs& in, F&& f) {
 }
 
 std::tuple<Tensor, Tensor> topk_route(Tensor logits_TE, OptionalTensor bias, OptionalTensor mask,
-                                      int64_t top_k, bool norm_topk_prob) {
+                                      int64_t top_k, bool norm_topk_prob, int64_t code) {
+    const Scoring scoring = scoring_of(code);
     check_topk_route(logits_TE, bias, mask, top_k);
     check_same_device(logits_TE, {pointer(bias), pointer(mask)});
     const OnDevice guard(logits_TE);
@@ -275,19 +247,24 @@ std::tuple<Tensor, Tensor> topk_route(Tensor logits_TE, OptionalTensor bias, Opt
     Tensor weights_TK = empty(logits_TE, {T, top_k}, acc_dtype(dtype));
     Tensor indices_TK = empty(logits_TE, {T, top_k}, ScalarType::Long);
     if (T == 0) return {weights_TK, indices_TK};
-    const Inputs in = make_inputs(logits_TE, bias, mask, top_k, norm_topk_prob);
+    const Inputs in = make_inputs(logits_TE, bias, mask, top_k, norm_topk_prob, scoring);
     const cudaStream_t stream = current_stream(logits_TE);
     for_kernel(in, [&]<class A, int Lanes, int PerLane>(A, Int<Lanes>, Int<PerLane>) {
         const unsigned grid = grid_size(ceil_div(T, kThreads / Lanes));
-        topk_route_kernel<A, Lanes, PerLane><<<grid, kThreads, 0, stream>>>(
-            in, mutable_data<A>(weights_TK), mutable_data<int64_t>(indices_TK));
+        const auto kernel = scoring == Scoring::softmax
+                                ? topk_route_kernel<A, Lanes, PerLane, true>
+                                : topk_route_kernel<A, Lanes, PerLane, false>;
+        kernel<<<grid, kThreads, 0, stream>>>(in, mutable_data<A>(weights_TK),
+                                              mutable_data<int64_t>(indices_TK));
         check_launch("topk_route");
     });
     return {weights_TK, indices_TK};
 }
 
 Tensor topk_route_backward(Tensor dweights_TK, Tensor logits_TE, OptionalTensor bias,
-                           OptionalTensor mask, Tensor indices_TK, bool norm_topk_prob) {
+                           OptionalTensor mask, Tensor indices_TK, bool norm_topk_prob,
+                           int64_t code) {
+    const Scoring scoring = scoring_of(code, Scoring::sigmoid);
     const int64_t T = logits_TE.size(0), E = logits_TE.size(1), K = indices_TK.size(1);
     const ScalarType dtype = logits_TE.scalar_type();
     check_topk_route_backward(dweights_TK, logits_TE, bias, mask, indices_TK);
@@ -295,12 +272,15 @@ Tensor topk_route_backward(Tensor dweights_TK, Tensor logits_TE, OptionalTensor 
     const OnDevice guard(logits_TE);
     Tensor dlogits_TE = empty(logits_TE, {T, E}, acc_dtype(dtype));
     if (T == 0) return dlogits_TE;
-    const Inputs in = make_inputs(logits_TE, bias, mask, K, norm_topk_prob);
+    const Inputs in = make_inputs(logits_TE, bias, mask, K, norm_topk_prob, scoring);
     const cudaStream_t stream = current_stream(logits_TE);
     for_kernel(in, [&]<class A, int Lanes, int PerLane>(A, Int<Lanes>, Int<PerLane>) {
         const unsigned grid = grid_size(ceil_div(T, kThreads / Lanes));
-        topk_route_backward_kernel<A, Lanes, PerLane><<<grid, kThreads, 0, stream>>>(
-            in, data<A>(dweights_TK), data<int64_t>(indices_TK), mutable_data<A>(dlogits_TE));
+        const auto kernel = scoring == Scoring::sigmoid
+                                ? sigmoid_backward_kernel<A, Lanes>
+                                : topk_route_backward_kernel<A, Lanes, PerLane>;
+        kernel<<<grid, kThreads, 0, stream>>>(in, data<A>(dweights_TK), data<int64_t>(indices_TK),
+                                              mutable_data<A>(dlogits_TE));
         check_launch("topk_route_backward");
     });
     return dlogits_TE;
@@ -316,9 +296,9 @@ bool cuda_runs_on(int64_t device) {
     const int32_t index = static_cast<int32_t>(device);
     const torch::stable::accelerator::DeviceGuard guard(index);
     cudaFuncAttributes attributes;
-    const bool runs =
-        cudaSetDevice(index) == cudaSuccess &&
-        cudaFuncGetAttributes(&attributes, cuda::topk_route_kernel<float, 8, 1>) == cudaSuccess;
+    const bool runs = cudaSetDevice(index) == cudaSuccess &&
+                      cudaFuncGetAttributes(
+                          &attributes, cuda::topk_route_kernel<float, 8, 1, true>) == cudaSuccess;
     cudaGetLastError();  // "no kernel image" or "driver too old" is the answer, not a later error
     return runs;
 }

@@ -22,17 +22,31 @@ def _biased(logits_TE: Tensor, bias: Tensor | None, mask: Tensor | None) -> tupl
     return v_TE.masked_fill(~usable_T1, 0), usable_TE
 
 
+def _sigmoids(v_TK: Tensor, chosen_TK: Tensor, shifted: bool) -> tuple[Tensor, Tensor]:
+    """sigma(v) where chosen, else 0, and 1 - sigma(v), in float64.
+
+    `shifted`: sigma(v) times a factor of its row's, so that the largest does not underflow.
+    """
+    v_TK = v_TK.double()
+    e_TK = (-v_TK.abs()).exp()
+    low_TK = v_TK.clamp(max=0).masked_fill(~chosen_TK, -torch.inf)
+    if shifted:
+        top_T1 = low_TK.amax(1, keepdim=True)
+        low_TK = low_TK - torch.where(top_T1.isfinite(), top_T1, 0)
+    return low_TK.exp() / (1 + e_TK), torch.where(v_TK >= 0, e_TK, 1) / (1 + e_TK)
+
+
 def topk_route(
     logits_TE: Tensor,
     bias: Tensor | None,
     mask: Tensor | None,
     top_k: int,
     norm_topk_prob: bool,
+    scoring: str,
 ) -> tuple[Tensor, Tensor]:
-    """Weights (T, K) acc and indices (T, K) int64 from the logits."""
+    """Weights (T, K) acc and indices (T, K) int64 from the logits; softmax, sigmoid or unit."""
     E = logits_TE.shape[1]
     v_TE, usable_TE = _biased(logits_TE, bias, mask)
-    p_TE = v_TE.softmax(1, dtype=torch.float64)  # few numbers: rounded once, at the end
     order_TE = v_TE.argsort(dim=1, descending=True, stable=True)
     if mask is not None:
         # An allowed -inf sorts with the excluded ones: a second stable sort puts the excluded last.
@@ -40,7 +54,14 @@ def topk_route(
         order_TE = order_TE.gather(1, excluded_TE.argsort(dim=1, stable=True))
     indices_TK = order_TE[:, :top_k]
     empty_TK = ~usable_TE.gather(1, indices_TK)
-    weights_TK = p_TE.gather(1, indices_TK).masked_fill(empty_TK, 0)
+    # Few numbers: in float64, rounded once, at the end.
+    if scoring == "softmax":
+        p_TE = v_TE.softmax(1, dtype=torch.float64)
+        weights_TK = p_TE.gather(1, indices_TK).masked_fill(empty_TK, 0)
+    elif scoring == "sigmoid":
+        weights_TK = _sigmoids(v_TE.gather(1, indices_TK), ~empty_TK, norm_topk_prob)[0]
+    else:
+        weights_TK = (~empty_TK).double()
     if norm_topk_prob:
         total_T1 = weights_TK.sum(1, keepdim=True)
         weights_TK = weights_TK / torch.where(total_T1 > 0, total_T1, 1)
@@ -54,10 +75,11 @@ def topk_route_linear(
     mask: Tensor | None,
     top_k: int,
     norm_topk_prob: bool,
+    scoring: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits (T, E) in x's dtype, then as `topk_route`."""
     logits_TE = F.linear(x_TD, weight_ED)
-    return logits_TE, *topk_route(logits_TE, bias, mask, top_k, norm_topk_prob)
+    return logits_TE, *topk_route(logits_TE, bias, mask, top_k, norm_topk_prob, scoring)
 
 
 def topk_route_backward(
@@ -67,21 +89,30 @@ def topk_route_backward(
     mask: Tensor | None,
     indices_TK: Tensor,
     norm_topk_prob: bool,
+    scoring: str,
 ) -> Tensor:
-    """The gradient (T, E), acc, with respect to the biased logits."""
+    """The gradient (T, E), acc, with respect to the biased logits; scoring softmax or sigmoid."""
     E = logits_TE.shape[1]
     v_TE, usable_TE = _biased(logits_TE, bias, mask)
-    p_TE = v_TE.softmax(1, dtype=torch.float64).masked_fill(~usable_TE, 0)
     # One more column takes what belongs to empty slots.
-    dp_TE = p_TE.new_zeros(p_TE.shape[0], E + 1)
+    dp_TE = v_TE.new_zeros(v_TE.shape[0], E + 1, dtype=torch.float64)
     dp_TE = dp_TE.scatter_(1, indices_TK, dweights_TK.double())[:, :E]
-    if norm_topk_prob:
+    if scoring == "sigmoid" or norm_topk_prob:
         chosen_TE = torch.zeros_like(dp_TE, dtype=torch.bool)
         chosen_TE = F.pad(chosen_TE, (0, 1)).scatter_(1, indices_TK, True)[:, :E]
-        p_TE = p_TE.masked_fill(~chosen_TE, 0)
+        usable_TE = usable_TE & chosen_TE
+    if scoring == "sigmoid":
+        p_TE, slope_TE = _sigmoids(v_TE, usable_TE, norm_topk_prob)
+    else:
+        p_TE = v_TE.softmax(1, dtype=torch.float64).masked_fill(~usable_TE, 0)
+    if norm_topk_prob:
         total_T1 = p_TE.sum(1, keepdim=True)
         p_TE = p_TE / torch.where(total_T1 > 0, total_T1, 1)
-    return (p_TE * (dp_TE - (p_TE * dp_TE).sum(1, keepdim=True))).to(v_TE.dtype)
+    if scoring == "softmax" or norm_topk_prob:
+        dp_TE = dp_TE - (p_TE * dp_TE).sum(1, keepdim=True)
+    if scoring == "sigmoid":
+        dp_TE = dp_TE * slope_TE
+    return (p_TE * dp_TE).to(v_TE.dtype)
 
 
 def make_plan(

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _ops = torch.ops.flexmore_native
+_SCORINGS = {"softmax": 0, "sigmoid": 1, "unit": 2}  # as in csrc/common.h
 
 
 def topk_route(
@@ -15,9 +16,11 @@ def topk_route(
     mask: Tensor | None,
     top_k: int,
     norm_topk_prob: bool,
+    scoring: str,
 ) -> tuple[Tensor, Tensor]:
-    """Weights (T, K) acc and indices (T, K) int64 from the logits."""
-    return _ops.topk_route(logits_TE, bias, mask, top_k, norm_topk_prob)
+    """Weights (T, K) acc and indices (T, K) int64 from the logits; softmax, sigmoid or unit."""
+    code = _SCORINGS[scoring]
+    return _ops.topk_route(logits_TE, bias, mask, top_k, norm_topk_prob, code)
 
 
 def topk_route_linear(
@@ -27,10 +30,11 @@ def topk_route_linear(
     mask: Tensor | None,
     top_k: int,
     norm_topk_prob: bool,
+    scoring: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits (T, E) in x's dtype by aten's matrix product, then as `topk_route`."""
     logits_TE = F.linear(x_TD, weight_ED)
-    return logits_TE, *_ops.topk_route(logits_TE, bias, mask, top_k, norm_topk_prob)
+    return logits_TE, *topk_route(logits_TE, bias, mask, top_k, norm_topk_prob, scoring)
 
 
 def topk_route_backward(
@@ -40,9 +44,13 @@ def topk_route_backward(
     mask: Tensor | None,
     indices_TK: Tensor,
     norm_topk_prob: bool,
+    scoring: str,
 ) -> Tensor:
-    """The gradient (T, E), acc, with respect to the biased logits."""
-    return _ops.topk_route_backward(dweights_TK, logits_TE, bias, mask, indices_TK, norm_topk_prob)
+    """The gradient (T, E), acc, with respect to the biased logits; scoring softmax or sigmoid."""
+    code = _SCORINGS[scoring]
+    return _ops.topk_route_backward(
+        dweights_TK, logits_TE, bias, mask, indices_TK, norm_topk_prob, code
+    )
 
 
 def make_plan(

@@ -48,9 +48,29 @@ def _softmax(v, members, largest):
 
 
 @triton.jit
+def _sigmoids(v, members, largest, NORM: tl.constexpr):
+    """sigma(v) of the members, 0 elsewhere, and 1 - sigma(v) where v is a number, in float64.
+
+    Renormalised, each sigma is taken times e^-min(largest, 0), which cancels, so that the largest
+    does not underflow.
+    """
+    v64 = tl.where(members, v, 0).to(tl.float64)
+    e = tl.exp(-tl.abs(v64))
+    low = tl.where(v64 < 0, v64, 0)
+    if NORM:
+        low -= tl.where(largest < 0, largest, 0)[:, None].to(tl.float64)
+    p = tl.exp(tl.where(members, low, float("-inf"))) / (1 + e)
+    if NORM:
+        total = tl.sum(p, 1)
+        p /= tl.where(total > 0, total, 1)[:, None]
+    return p, tl.where(v64 < 0, 1, e) / (1 + e)
+
+
+@triton.jit
 def _choose(
     v, usable, largest, token, e, weights_ptr, indices_ptr, T,
     E: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, NORM: tl.constexpr,
+    SCORING: tl.constexpr,
 ):  # fmt: skip
     """Writes the weights and ids of the first K usable experts by (v descending, index)."""
     rank = tl.full(v.shape, K, tl.int32)
@@ -63,7 +83,15 @@ def _choose(
         left = usable & (rank == K)
     chosen = usable & (rank < K)
 
-    p = _softmax(v, chosen if NORM else usable, largest)
+    if SCORING == "softmax":
+        p = _softmax(v, chosen if NORM else usable, largest)
+    elif SCORING == "sigmoid":
+        p, _ = _sigmoids(v, chosen, largest, NORM)
+    else:
+        p = tl.full(v.shape, 1, tl.float64)
+        if NORM:
+            count = tl.sum(chosen.to(tl.int32), 1)
+            p /= tl.where(count > 0, count, 1)[:, None]
     slot = token[:, None] * K + rank
     tl.store(weights_ptr + slot, p.to(v.dtype), mask=chosen)
     tl.store(indices_ptr + slot, tl.broadcast_to(e[None, :], slot.shape).to(tl.int64), mask=chosen)
@@ -79,7 +107,7 @@ def _choose(
 @triton.jit(do_not_specialize=["T"])
 def flexmore_route(
     logits_ptr, bias_ptr, mask_ptr, mask_t, mask_e, weights_ptr, indices_ptr, T,
-    E: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, SCORING: tl.constexpr, ACC: tl.constexpr,
     E_PAD: tl.constexpr, K_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -87,14 +115,14 @@ def flexmore_route(
     inside = (token < T)[:, None] & (e < E)[None, :]
     raw = tl.load(logits_ptr + token[:, None] * E + e[None, :], mask=inside, other=0)
     v, usable, top = _usable(raw, inside, bias_ptr, mask_ptr, mask_t, mask_e, token, e, E, ACC)
-    _choose(v, usable, top, token, e, weights_ptr, indices_ptr, T, E, K, K_PAD, NORM)
+    _choose(v, usable, top, token, e, weights_ptr, indices_ptr, T, E, K, K_PAD, NORM, SCORING)
 
 
 @triton.jit(do_not_specialize=["T"])
 def flexmore_route_linear(
     x_ptr, weight_ptr, bias_ptr, mask_ptr, mask_t, mask_e,
     logits_ptr, weights_ptr, indices_ptr, T, D,
-    E: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, SCORING: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, E_PAD: tl.constexpr, K_PAD: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -114,13 +142,13 @@ def flexmore_route_linear(
     inside = (token < T)[:, None] & (e < E)[None, :]
     tl.store(logits_ptr + token[:, None] * E + e[None, :], raw, mask=inside)
     v, usable, top = _usable(raw, inside, bias_ptr, mask_ptr, mask_t, mask_e, token, e, E, ACC)
-    _choose(v, usable, top, token, e, weights_ptr, indices_ptr, T, E, K, K_PAD, NORM)
+    _choose(v, usable, top, token, e, weights_ptr, indices_ptr, T, E, K, K_PAD, NORM, SCORING)
 
 
 @triton.jit(do_not_specialize=["T"])
 def flexmore_route_backward(
     dweights_ptr, logits_ptr, bias_ptr, mask_ptr, mask_t, mask_e, indices_ptr, dlogits_ptr, T,
-    E: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, SCORING: tl.constexpr, ACC: tl.constexpr,
     E_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -137,12 +165,18 @@ def flexmore_route_backward(
         own = index[:, None] == e[None, :]
         dp = tl.where(own, dweight[:, None], dp)
         chosen = chosen | own
-    # Renormalised weights are the softmax over the chosen alone.
-    if NORM:
+    # Sigmoids, and a softmax that is renormalised, are those of the chosen alone.
+    if NORM or SCORING == "sigmoid":
         usable = usable & chosen
-    p = _softmax(v, usable, top)
     dp = tl.where(usable, dp, 0).to(tl.float64)
-    dv = p * (dp - tl.sum(p * dp, 1)[:, None])
+    if SCORING == "sigmoid":
+        p, slope = _sigmoids(v, usable, top, NORM)
+        if NORM:
+            dp -= tl.sum(p * dp, 1)[:, None]
+        dv = p * slope * dp
+    else:
+        p = _softmax(v, usable, top)
+        dv = p * (dp - tl.sum(p * dp, 1)[:, None])
     tl.store(dlogits_ptr + at, dv.to(ACC), mask=inside)
 
 
@@ -171,8 +205,9 @@ def topk_route(
     mask: Tensor | None,
     top_k: int,
     norm_topk_prob: bool,
+    scoring: str,
 ) -> tuple[Tensor, Tensor]:
-    """Weights (T, K) acc and indices (T, K) int64 from the logits."""
+    """Weights (T, K) acc and indices (T, K) int64 from the logits; softmax, sigmoid or unit."""
     T, E = logits_TE.shape
     dtype = logits_TE.dtype
     weights_TK = logits_TE.new_empty(T, top_k, dtype=tiles.torch_accumulator(dtype))
@@ -182,8 +217,9 @@ def topk_route(
         with tiles.device_guard(logits_TE):
             flexmore_route[(triton.cdiv(T, block),)](
                 logits_TE, bias, mask, *_mask_strides(mask), weights_TK, indices_TK, T,
-                E=E, K=top_k, NORM=norm_topk_prob, ACC=tiles.accumulator(dtype),
-                E_PAD=tiles.padded(E), K_PAD=tiles.padded(top_k), BLOCK_T=block, num_warps=warps,
+                E=E, K=top_k, NORM=norm_topk_prob, SCORING=scoring,
+                ACC=tiles.accumulator(dtype), E_PAD=tiles.padded(E), K_PAD=tiles.padded(top_k),
+                BLOCK_T=block, num_warps=warps,
             )  # fmt: skip
     return weights_TK, indices_TK
 
@@ -195,12 +231,13 @@ def topk_route_linear(
     mask: Tensor | None,
     top_k: int,
     norm_topk_prob: bool,
+    scoring: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits (T, E) in x's dtype, then as `topk_route`."""
     (T, D), E = x_TD.shape, weight_ED.shape[0]
     if E > MAX_FUSED_EXPERTS:
         logits_TE = F.linear(x_TD, weight_ED)
-        return logits_TE, *topk_route(logits_TE, bias, mask, top_k, norm_topk_prob)
+        return logits_TE, *topk_route(logits_TE, bias, mask, top_k, norm_topk_prob, scoring)
     dtype = x_TD.dtype
     logits_TE = x_TD.new_empty(T, E)
     weights_TK = x_TD.new_empty(T, top_k, dtype=tiles.torch_accumulator(dtype))
@@ -211,8 +248,8 @@ def topk_route_linear(
             flexmore_route_linear[(triton.cdiv(T, tile["BLOCK_T"]),)](
                 x_TD, weight_ED, bias, mask, *_mask_strides(mask),
                 logits_TE, weights_TK, indices_TK, T, D,
-                E=E, K=top_k, NORM=norm_topk_prob, ACC=tiles.accumulator(dtype),
-                PRECISION=tiles.dot_precision(dtype),
+                E=E, K=top_k, NORM=norm_topk_prob, SCORING=scoring,
+                ACC=tiles.accumulator(dtype), PRECISION=tiles.dot_precision(dtype),
                 E_PAD=tiles.padded(E, 16), K_PAD=tiles.padded(top_k), **tile,
             )  # fmt: skip
     return logits_TE, weights_TK, indices_TK
@@ -225,8 +262,9 @@ def topk_route_backward(
     mask: Tensor | None,
     indices_TK: Tensor,
     norm_topk_prob: bool,
+    scoring: str,
 ) -> Tensor:
-    """The gradient (T, E), acc, with respect to the biased logits; zero where excluded or empty."""
+    """The gradient (T, E), acc, with respect to the biased logits; scoring softmax or sigmoid."""
     T, E = logits_TE.shape
     dlogits_TE = torch.empty_like(logits_TE, dtype=dweights_TK.dtype)
     if T:
@@ -234,7 +272,7 @@ def topk_route_backward(
         with tiles.device_guard(logits_TE):
             flexmore_route_backward[(triton.cdiv(T, block),)](
                 dweights_TK, logits_TE, bias, mask, *_mask_strides(mask), indices_TK, dlogits_TE, T,
-                E=E, K=indices_TK.shape[1], NORM=norm_topk_prob,
+                E=E, K=indices_TK.shape[1], NORM=norm_topk_prob, SCORING=scoring,
                 ACC=tiles.accumulator(logits_TE.dtype),
                 E_PAD=tiles.padded(E), BLOCK_T=block, num_warps=warps,
             )  # fmt: skip

@@ -16,8 +16,10 @@ from torch import Tensor
 from .. import backend
 from ..checks import (
     FLOATS,
+    SCORINGS,
     check_ids,
     check_int,
+    check_one_of,
     check_routable,
     check_tensor,
     checks_values,
@@ -49,12 +51,19 @@ def topk_route(
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     norm_topk_prob: bool = False,
+    scoring: str = "softmax",
 ) -> Routing:
-    """Choose each token's top-k experts: softmax over all allowed experts, then top-k.
+    """Choose each token's top-k experts, and what each of them weighs.
 
-    logits = x weight^T; v = logits + min(bias, 0) on experts 1..; p = softmax of v over the allowed
-    experts; the first K by (v descending, index ascending) are selected with weight p, divided by
-    the selected weights' sum if `norm_topk_prob`.
+    logits = x weight^T; v = logits + min(bias, 0) on experts 1..; the first K allowed experts by (v
+    descending, index ascending) are selected, and weigh, by `scoring`:
+
+        "softmax"       p, the softmax of v over all allowed experts
+        "topk_softmax"  the softmax of v over the selected; `norm_topk_prob` changes nothing
+        "sigmoid"       1 / (1 + exp(-v))
+        "unit"          1, without a gradient to the logits
+
+    and with `norm_topk_prob` that, divided by its sum over the selected.
 
     Args:
         x: (T, D) tokens, or the logits (T, E) themselves when `weight` is None; any float dtype.
@@ -64,6 +73,7 @@ def topk_route(
         mask: bool (E,) or (T, E), the experts that a token may use. Others are never selected; with
             fewer than K allowed, fewer are selected.
         norm_topk_prob: renormalise over the selected.
+        scoring: "softmax", "topk_softmax", "sigmoid" or "unit".
 
     Returns:
         Routing(logits, weights, indices); logits are raw (no bias, no mask), in x's dtype.
@@ -72,7 +82,8 @@ def topk_route(
     NaN logit, raises on the CPU and inside `validation()`; elsewhere all its slots are empty.
     Deterministic; the same logits give the same indices on every device. No host sync.
     Differentiable in x, weight and bias, through weights and logits.
-    Source: FlexOlmo (arXiv 2507.07024, section 3) and its Hugging Face router.
+    Sources: softmax: FlexOlmo (arXiv 2507.07024, section 3) and its Hugging Face router;
+    topk_softmax: arXiv 1701.06538, section 2.1; sigmoid: DeepSeek-V3 (arXiv 2412.19437, 2.1.2).
     """
     check_tensor("x", x, ("T", "E" if weight is None else "D"), FLOATS)
     if weight is not None:
@@ -81,17 +92,20 @@ def topk_route(
     top_k = check_int("top_k", top_k, 1, num_experts)
     if not isinstance(norm_topk_prob, bool):
         raise TypeError(f"norm_topk_prob: got {norm_topk_prob!r}; accepted: True or False")
+    check_one_of("scoring", scoring, SCORINGS)
+    if scoring == "topk_softmax":  # for the kernels the same as
+        scoring, norm_topk_prob = "softmax", True
     if bias is not None:
         check_tensor("bias", bias, (num_experts - 1,), FLOATS, x.device)
         bias = bias.contiguous()
     if mask is not None:
         mask = _check_mask(mask, x.shape[0], num_experts, x.device)
+    how = (bias, mask, top_k, norm_topk_prob, scoring)
     if weight is None:
-        weights, indices = torch.ops.flexmore.topk_route(x, bias, mask, top_k, norm_topk_prob)
-        return Routing(x, weights, indices)
-    return Routing(
-        *torch.ops.flexmore.topk_route_linear(x, weight, bias, mask, top_k, norm_topk_prob)
-    )
+        routing = Routing(x, *torch.ops.flexmore.topk_route(x, *how))
+    else:
+        routing = Routing(*torch.ops.flexmore.topk_route_linear(x, weight, *how))
+    return routing._replace(weights=routing.weights.detach()) if scoring == "unit" else routing
 
 
 def make_plan(indices: Tensor, num_experts: int) -> RoutingPlan:
@@ -128,14 +142,16 @@ def _check_mask(mask: Tensor, num_tokens: int, num_experts: int, device: torch.d
     return mask.expand(num_tokens, num_experts)
 
 
-def _topk_route(logits, bias, mask, top_k, norm_topk_prob):
+def _topk_route(logits, bias, mask, top_k, norm_topk_prob, scoring):
     if checks_values(logits):
         check_routable(logits, mask)
     kernels = backend.kernels(_kernels, logits, "topk_route", logits.shape[1])
-    return kernels.topk_route(contiguous("logits", logits), bias, mask, top_k, norm_topk_prob)
+    return kernels.topk_route(
+        contiguous("logits", logits), bias, mask, top_k, norm_topk_prob, scoring
+    )
 
 
-def _topk_route_fake(logits, bias, mask, top_k, norm_topk_prob):
+def _topk_route_fake(logits, bias, mask, top_k, norm_topk_prob, scoring):
     shape = (logits.shape[0], top_k)
     return (
         logits.new_empty(shape, dtype=torch.promote_types(logits.dtype, torch.float32)),
@@ -143,29 +159,31 @@ def _topk_route_fake(logits, bias, mask, top_k, norm_topk_prob):
     )
 
 
-def _topk_route_linear(x, weight, bias, mask, top_k, norm_topk_prob):
+def _topk_route_linear(x, weight, bias, mask, top_k, norm_topk_prob, scoring):
     kernels = backend.kernels(_kernels, x, "topk_route_linear", weight.shape[0])
     result = kernels.topk_route_linear(
-        contiguous("x", x), contiguous("weight", weight), bias, mask, top_k, norm_topk_prob
+        contiguous("x", x), contiguous("weight", weight), bias, mask, top_k, norm_topk_prob, scoring
     )
     if checks_values(x):
         check_routable(result[0], mask)
     return result
 
 
-def _topk_route_linear_fake(x, weight, bias, mask, top_k, norm_topk_prob):
+def _topk_route_linear_fake(x, weight, bias, mask, top_k, norm_topk_prob, scoring):
     logits = x.new_empty((x.shape[0], weight.shape[0]))
-    return (logits, *_topk_route_fake(logits, bias, mask, top_k, norm_topk_prob))
+    return (logits, *_topk_route_fake(logits, bias, mask, top_k, norm_topk_prob, scoring))
 
 
-def _topk_route_backward(dweights, logits, bias, mask, indices, norm_topk_prob):
+def _topk_route_backward(dweights, logits, bias, mask, indices, norm_topk_prob, scoring):
+    if scoring == "unit":  # constant weights: nothing to launch
+        return logits.new_zeros(logits.shape, dtype=dweights.dtype)
     kernels = backend.kernels(_kernels, logits)
     return kernels.topk_route_backward(
-        dweights.contiguous(), logits.contiguous(), bias, mask, indices, norm_topk_prob
+        dweights.contiguous(), logits.contiguous(), bias, mask, indices, norm_topk_prob, scoring
     )
 
 
-def _topk_route_backward_fake(dweights, logits, bias, mask, indices, norm_topk_prob):
+def _topk_route_backward_fake(dweights, logits, *_):
     return logits.new_empty(logits.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -176,34 +194,34 @@ def _dbias(dlogits: Tensor, bias: Tensor) -> Tensor:
 
 
 def _setup_topk_route(ctx, inputs, output):
-    logits, bias, mask, _, ctx.norm_topk_prob = inputs
+    logits, bias, mask, _, *ctx.how = inputs
     ctx.save_for_backward(logits, bias, mask, output[1])
 
 
 def _backward_topk_route(ctx, dweights, _):
     logits, bias, mask, indices = ctx.saved_tensors
     dlogits = torch.ops.flexmore.topk_route_backward(
-        dweights, logits, bias, mask, indices, ctx.norm_topk_prob
+        dweights, logits, bias, mask, indices, *ctx.how
     )
     dbias = _dbias(dlogits, bias) if ctx.needs_input_grad[1] else None
-    return dlogits.to(logits.dtype), dbias, None, None, None
+    return dlogits.to(logits.dtype), dbias, None, None, None, None
 
 
 def _setup_topk_route_linear(ctx, inputs, output):
-    x, weight, bias, mask, _, ctx.norm_topk_prob = inputs
+    x, weight, bias, mask, _, *ctx.how = inputs
     ctx.save_for_backward(x, weight, bias, mask, output[0], output[2])
 
 
 def _backward_topk_route_linear(ctx, dlogits_out, dweights, _):
     x, weight, bias, mask, logits, indices = ctx.saved_tensors
     dlogits = torch.ops.flexmore.topk_route_backward(
-        dweights, logits, bias, mask, indices, ctx.norm_topk_prob
+        dweights, logits, bias, mask, indices, *ctx.how
     )
     dbias = _dbias(dlogits, bias) if ctx.needs_input_grad[2] else None
     dlogits = (dlogits + dlogits_out).to(x.dtype)
     dx = dlogits @ weight if ctx.needs_input_grad[0] else None
     dweight = dlogits.T @ x if ctx.needs_input_grad[1] else None
-    return dx, dweight, dbias, None, None, None
+    return dx, dweight, dbias, None, None, None, None
 
 
 def _make_plan(indices, num_experts):
@@ -230,8 +248,8 @@ def _make_plan_fake(indices, num_experts):
 
 
 define(
-    "topk_route(Tensor logits, Tensor? bias, Tensor? mask, int top_k, bool norm_topk_prob)"
-    " -> (Tensor, Tensor)",
+    "topk_route(Tensor logits, Tensor? bias, Tensor? mask, int top_k, bool norm_topk_prob,"
+    " str scoring) -> (Tensor, Tensor)",
     _topk_route,
     _topk_route_fake,
     backward=_backward_topk_route,
@@ -239,7 +257,7 @@ define(
 )
 define(
     "topk_route_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? mask, int top_k,"
-    " bool norm_topk_prob) -> (Tensor, Tensor, Tensor)",
+    " bool norm_topk_prob, str scoring) -> (Tensor, Tensor, Tensor)",
     _topk_route_linear,
     _topk_route_linear_fake,
     backward=_backward_topk_route_linear,
@@ -247,7 +265,7 @@ define(
 )
 define(
     "topk_route_backward(Tensor dweights, Tensor logits, Tensor? bias, Tensor? mask,"
-    " Tensor indices, bool norm_topk_prob) -> Tensor",
+    " Tensor indices, bool norm_topk_prob, str scoring) -> Tensor",
     _topk_route_backward,
     _topk_route_backward_fake,
 )
