@@ -142,7 +142,7 @@ def _checked(price: Price, device: str) -> dict[str, dict[str, Any]]:
         except Exception as error:
             results[kernels] = {"not_run": f"{type(error).__name__}: {str(error)[:160]}"}
             continue
-        results[kernels] = {"error_ratio": float(f"{ratio:.3g}")}
+        results[kernels] = {"error_ratio": records.short(ratio)}
         if kernels != "torch" and not ratio <= 1:
             results[kernels]["not_run"] = "WRONG"
     return results

@@ -7,7 +7,6 @@ this file times ours and a few others at one shape.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import time
 from collections.abc import Callable, Iterable
@@ -21,7 +20,7 @@ from benchmarks.candidates import CANDIDATES, Candidate, with_backward
 from benchmarks.problem import CHECKED_ROWS, DTYPES, Problem
 from benchmarks.shapes import SHAPES, SWEPT
 from flexmore_kernels.testing import accuracy
-from flexmore_kernels.timing import CACHES, Call, CallFailed, Times, compare, l2_bytes
+from flexmore_kernels.timing import CACHES, Call, CallFailed, Interrupted, Times, compare, l2_bytes
 
 PASSES = ("forward", "forward + backward")
 LONGEST_S = 60.0
@@ -53,17 +52,25 @@ def price(
     shape, dtype = SHAPES[shape_name], dtype or DTYPES[device]
     say("drawing weights")
     problem = Problem(shape, tokens, device, dtype)
+    say("the reference in float64")
+    _ = problem.truth
     for which in passes:
         calls, results = _build(problem, names, which, say, deadline)
         if calls:
             say(f"{which}: timing {len(calls)} candidates side by side")
             clocks = records.Clocks(device)
-            times = _time(problem, calls, results, which, seconds, clocks)
-            write(_record(shape_name, problem, which, results, times, context, clocks))
+
+            def record(times: dict[str, Times], which=which, results=results, clocks=clocks):
+                write(_record(shape_name, problem, which, results, times, context, clocks))
+
+            try:
+                record(_time(problem, calls, results, which, seconds, clocks))
+            except Interrupted as interrupt:
+                record(interrupt.times)
+                raise
         del calls
+        torch._dynamo.reset()
         _free(device)
-    del problem
-    _free(device)
 
 
 def _build(
@@ -91,29 +98,35 @@ def _build(
         except Exception as error:
             results[name] = {"not_run": _in_words(error)}
             _free(problem.device)
-        if name.startswith("ours") and not results[name].get("error_ratio", 0) <= 1:
+        if name.startswith("ours") and name in calls and _wrong(results[name]):
             results[name]["not_run"] = "WRONG"
             calls.pop(name, None)
     return calls, results
+
+
+def _wrong(result: dict[str, Any]) -> bool:
+    ratio = result["error_ratio"]
+    return ratio is None or ratio > 1
 
 
 def _first(problem: Problem, candidate: Candidate, which: str) -> tuple[Call, dict[str, Any]]:
     """Make the candidate, check its first rows, and see what its first call and memory are."""
     begin = time.perf_counter()
     call = candidate.make(problem)
+    forward = which == PASSES[0]
     truth, same = problem.truth["dense" if candidate.what == "dense" else "experts"]
-    with torch.no_grad():
-        ratio = accuracy(call()[:CHECKED_ROWS], truth, same).ratio
-    if which != PASSES[0]:
-        call = with_backward(problem, candidate, call)
-        call()
+    with torch.set_grad_enabled(not forward):
+        ratio = accuracy(call()[:CHECKED_ROWS].detach(), truth, same).ratio
+        if not forward:
+            call = with_backward(problem, candidate, call)
+            call()
     first_s = time.perf_counter() - begin
-    result = {"error_ratio": float(f"{ratio:.3g}"), "first_s": round(first_s, 2)}
+    result = {"error_ratio": records.short(ratio), "first_s": round(first_s, 2)}
     if problem.device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
-        with torch.no_grad() if which == PASSES[0] else contextlib.nullcontext():
+        with torch.set_grad_enabled(not forward):
             call()
         torch.cuda.synchronize()
         result["peak_mb"] = round((torch.cuda.max_memory_allocated() - held) / 1e6, 1)
@@ -175,7 +188,6 @@ def _in_words(error: BaseException | None) -> str:
 
 
 def _free(device: str) -> None:
-    torch._dynamo.reset()
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()

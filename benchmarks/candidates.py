@@ -128,7 +128,7 @@ CANDIDATES: dict[str, Candidate] = {
     "Hugging Face eager": Candidate(peers.hugging_face("eager"), trains=_full),
     "Hugging Face grouped_mm": Candidate(peers.hugging_face("grouped_mm"), trains=_full),
     "Hugging Face block": Candidate(peers.hugging_face_block, "layer"),
-    "PEFT LoRA": Candidate(peers.peft_lora, trains=lambda p: [p.x], fits=_pair),
+    "PEFT LoRA": Candidate(peers.peft_lora, trains=lambda p: [p.x, *p.factors], fits=_pair),
     "Liger dense FFN": Candidate(peers.liger_dense, "dense", lambda p: [p.x]),
     "Liger experts": Candidate(peers.liger_experts, trains=_full, fits=_all_full),
     "ScatterMoE": Candidate(peers.scattermoe, trains=_full, fits=_all_full),

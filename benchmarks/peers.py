@@ -86,9 +86,7 @@ def peft_lora(p: Problem) -> Call:
     ffn = inject_adapter_in_model(config, FFN()).to(p.device)
     layers = [module for module in ffn.modules() if isinstance(module, BaseTunerLayer)]
     for layer, entries in zip((getattr(ffn, name) for name in names), p.weights, strict=True):
-        layer.lora_A["default"].weight, layer.lora_B["default"].weight = (
-            torch.nn.Parameter(factor.detach()) for factor in entries[1]
-        )
+        layer.lora_A["default"].weight, layer.lora_B["default"].weight = entries[1]
     shares = [(p.gates * (p.indices == e)).sum(-1, keepdim=True).to(p.dtype) for e in (0, 1)]
     shares = [share.detach() for share in shares]
 

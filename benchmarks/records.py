@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -27,6 +28,12 @@ from flexmore_kernels.timing import Times, compare
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
 SCHEMA = 2
+FIELDS = {
+    "schema", "benchmark", "op", "shape", "hidden", "intermediate", "ranks", "top_k", "tokens",
+    "dtype", "pass", "commit", "time", "device", "driver", "cuda", "threads", "python", "torch",
+    "triton", "roofs", "clocks", "bytes", "flops", "results",
+}  # fmt: skip
+"""What every record has."""
 KEY = ("benchmark", "op", "shape", "tokens", "dtype", "pass", "device")
 """What a record is of: a later record of the same key replaces an earlier one."""
 
@@ -55,18 +62,21 @@ def latest(folder: Path = RESULTS, benchmark: str = "*") -> list[dict[str, Any]]
 
 def result(times: Times, roofs: dict[str, float], nbytes: float, flops: float) -> dict[str, Any]:
     """A candidate's part of a record: its times and, of them, rates and shares of the roofs."""
-    entry = {key: _short(value) for key, value in times._asdict().items()}
+    entry = {key: short(value) for key, value in times._asdict().items()}
     seconds = times.ms / 1e3
     for name, amount, roof in (("tb_s", nbytes, "copy_tb_s"), ("tflop_s", flops, "matmul_tflop_s")):
         if amount:
             rate = amount / seconds / 1e12
-            entry[name] = _short(rate)
-            entry[f"share_of_{roof.split('_')[0]}"] = _short(rate / roofs[roof])
+            entry[name] = short(rate)
+            entry[f"share_of_{roof.split('_')[0]}"] = short(rate / roofs[roof])
     return entry
 
 
-def _short(value: Any) -> Any:
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+def short(value: Any) -> Any:
+    """A float in five digits; None where it is not finite, for which JSON has no word."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
 def roofs(device: str) -> dict[str, float]:
@@ -81,8 +91,8 @@ def roofs(device: str) -> dict[str, float]:
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     times = compare({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, device)
     return {
-        "copy_tb_s": _short(2 * source.nbytes / times["copy"].ms / 1e9),
-        "matmul_tflop_s": _short(2 * side**3 / times["matmul"].ms / 1e9),
+        "copy_tb_s": short(2 * source.nbytes / times["copy"].ms / 1e9),
+        "matmul_tflop_s": short(2 * side**3 / times["matmul"].ms / 1e9),
         "matmul_dtype": str(dtype).removeprefix("torch."),
     }
 

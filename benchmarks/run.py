@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import signal
 import sys
 import time
@@ -180,11 +181,12 @@ def table(taken: list[dict[str, Any]]) -> str:
             if "ms" not in found:
                 lines.append(f"  {candidate:<36}{found['not_run'][:60]:>12}")
                 continue
+            error = math.inf if found["error_ratio"] is None else found["error_ratio"]
             shares = (found.get("share_of_copy"), found.get("share_of_matmul"))
             copy, matmul = (f"{share:.0%}" if share else "" for share in shares)
             lines.append(
                 f"  {candidate:<36}{found['ms']:>10.4g}{found['p20']:>10.4g}{found['p80']:>10.4g}"
-                f"{copy:>7}{matmul:>8}{found['error_ratio']:>7.2f}  "
+                f"{copy:>7}{matmul:>8}{error:>7.2f}  "
                 f"{found['how']} x{found['rounds']}"
             )
     return "\n".join(lines[1:])

@@ -60,6 +60,14 @@ class CallFailed(RuntimeError):
         self.name = name
 
 
+class Interrupted(KeyboardInterrupt):
+    """The user's interrupt; `times` has what was measured before it."""
+
+    def __init__(self, times: dict[str, Times]) -> None:
+        super().__init__()
+        self.times = times
+
+
 def l2_bytes(device: torch.device | str) -> int:
     """Size of the device's L2 cache; 0 for a CPU, whose caches are left as they are."""
     device = torch.device(device)
@@ -83,7 +91,7 @@ def compare(
     graphs: bool = False,
     each_round: Callable[[], None] | None = None,
 ) -> dict[str, Times]:
-    """Times of each candidate, by name; one that no round reached before an interrupt is absent.
+    """Times of each candidate, by name.
 
     Args:
         candidates: name -> a call, or several that do the same on copies of the inputs.
@@ -93,8 +101,8 @@ def compare(
             CACHES times the L2 cache each: nothing else makes the cache cold within a replay.
         each_round: called once a round while the device is at work, to look at its clocks.
 
-    Raises CallFailed, from what a candidate raised. KeyboardInterrupt ends the rounds and is raised
-    again only if no candidate has a time.
+    Raises CallFailed, from what a candidate raised; Interrupted where a KeyboardInterrupt ends the
+    rounds, with the times of all candidates that one round reached.
     """
     device = torch.device(device)
     turns = {
@@ -113,6 +121,10 @@ def compare(
                 replay = _replay(calls, stopwatch)
             if replay:
                 replays[name] = replay
+        # Recording gives unused memory back; what is called next must not wait for it.
+        for name, calls in turns.items():
+            with _blame(name):
+                calls[0]()
     samples: dict[str, list[float]] = {name: [] for name in turns}
     called: dict[str, list[float]] = {name: [] for name in replays}
     begin = time.perf_counter()
@@ -129,19 +141,9 @@ def compare(
                         one = stopwatch.time(replays[name][0].replay) / replays[name][1]
                 samples[name].append(one)
                 look = None
-    except KeyboardInterrupt:
-        if not any(samples.values()):
-            raise
-    return {
-        name: _summary(
-            values,
-            "graph" if name in replays else stopwatch.how,
-            replays[name][1] if name in replays else 1,
-            called.get(name),
-        )
-        for name, values in samples.items()
-        if values
-    }
+    except KeyboardInterrupt as interrupt:
+        raise Interrupted(_summaries(samples, called, replays, stopwatch.how)) from interrupt
+    return _summaries(samples, called, replays, stopwatch.how)
 
 
 @contextlib.contextmanager
@@ -152,18 +154,27 @@ def _blame(name: str) -> Iterator[None]:
         raise CallFailed(name, error) from error
 
 
-def _summary(values: list[float], how: str, calls: int, called: list[float] | None) -> Times:
-    ordered = sorted(values)
-    last = len(ordered) - 1
-    return Times(
-        statistics.median(ordered),
-        ordered[round(0.2 * last)],
-        ordered[round(0.8 * last)],
-        len(ordered),
-        how,
-        calls,
-        statistics.median(called) if called else None,
-    )
+def _summaries(
+    samples: dict[str, list[float]],
+    called: dict[str, list[float]],
+    replays: dict[str, tuple[torch.cuda.CUDAGraph, int]],
+    how: str,
+) -> dict[str, Times]:
+    found = {}
+    for name, values in samples.items():
+        if not values:
+            continue
+        ordered, last = sorted(values), len(values) - 1
+        found[name] = Times(
+            statistics.median(ordered),
+            ordered[round(0.2 * last)],
+            ordered[round(0.8 * last)],
+            len(ordered),
+            "graph" if name in replays else how,
+            replays[name][1] if name in replays else 1,
+            statistics.median(called[name]) if name in replays else None,
+        )
+    return found
 
 
 class _Wall:

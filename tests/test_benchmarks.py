@@ -1,16 +1,15 @@
-"""The benchmarks work: candidates agree with the reference, records are whole, README agrees."""
+"""The benchmarks work: candidates agree with the reference, failures are recorded."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import time
-import xml.etree.ElementTree as ElementTree
 
 import pytest
 import torch
 
-from benchmarks import bench, bench_experts, figure, records, run, tables
+from benchmarks import bench, bench_experts, records, run
 from benchmarks.candidates import CANDIDATES
 from benchmarks.problem import Problem
 from benchmarks.shapes import SHAPES, Shape
@@ -20,11 +19,6 @@ CONTEXT = {
     **records.environment("cpu", "abc1234"),
     "roofs": {"copy_tb_s": 0.02, "matmul_tflop_s": 0.1, "matmul_dtype": "float32"},
 }
-KEYS = {
-    "schema", "benchmark", "op", "shape", "hidden", "intermediate", "ranks", "top_k", "tokens",
-    "dtype", "pass", "commit", "time", "device", "driver", "cuda", "threads", "python", "torch",
-    "triton", "roofs", "clocks", "bytes", "flops", "results",
-}  # fmt: skip
 TIMES = {"ms", "p20", "p80", "rounds", "how", "calls", "error_ratio"}
 
 
@@ -45,7 +39,7 @@ def layer_records(names, **how) -> list[dict]:
 def test_candidates_agree_with_the_reference():
     names = [name for name in CANDIDATES if not name.endswith("compiled")]
     (record,) = layer_records(names)
-    assert record.keys() >= KEYS
+    assert record.keys() >= records.FIELDS
     assert json.loads(json.dumps(record))["results"].keys() == set(names)
     for name, found in record["results"].items():
         if "not_run" not in found:
@@ -126,7 +120,7 @@ def test_ops_agree_with_the_reference(stem):
     )
     assert {record["pass"] for record in found} == {"forward", "forward + backward"}
     for record in found:
-        assert record.keys() >= KEYS
+        assert record.keys() >= records.FIELDS
         for kernels, times in record["results"].items():
             assert times["error_ratio"] <= 1 and times.keys() >= TIMES, (record["op"], kernels)
 
@@ -158,6 +152,28 @@ def test_what_fails_is_recorded_and_stops_nothing(monkeypatch):
     assert found["b"]["not_run"] == "TimeoutError: took more than 0 s"
     assert found["c"]["not_run"] == "RuntimeError: not any more"
     assert "ms" in found["ours, experts"]
+
+
+def test_an_interrupt_leaves_a_record_of_what_was_timed(monkeypatch):
+    calls = iter(range(100))
+
+    def make(p):
+        def call():
+            if next(calls) == 9:
+                raise KeyboardInterrupt
+            return CANDIDATES["dense FFN"].make(p)()
+
+        return call
+
+    late = CANDIDATES["dense FFN"]._replace(make=make)
+    monkeypatch.setitem(CANDIDATES, "late", late)
+    taken: list[dict] = []
+    with pytest.raises(KeyboardInterrupt):
+        bench_experts.price(
+            "tiny", 20, ["ours, experts", "late"], device="cpu", context=CONTEXT, say=quiet,
+            write=taken.append, seconds=9.0,
+        )  # fmt: skip
+    assert all("ms" in found for found in taken[0]["results"].values())
 
 
 def test_ours_when_wrong_is_not_timed(monkeypatch):
@@ -221,59 +237,3 @@ def test_records_from_elsewhere_are_added_once(tmp_path, monkeypatch):
     files = {path.stem: path.read_text() for path in records.RESULTS.iterdir()}
     assert files.keys() == {"experts", "routing"}
     assert (files["experts"].count('"x"'), files["routing"].count('"x"')) == (1, 1)
-
-
-def some_sweep() -> list[dict]:
-    """Records of a sweep as a GPU gives them; the numbers are made up."""
-    found = []
-    for tokens, ms in ((1, 0.1), (64, 0.1), (4096, 1.6), (16384, 6.4)):
-        results = {
-            name: {"ms": ms * (2 + i), "how": "graph" if tokens < 99 and i % 2 else "events"}
-            for i, name in enumerate(figure.SERIES)
-        }
-        results["dense FFN compiled"] = {"ms": ms, "how": "graph"}
-        results["published"] = {"not_run": "out of memory"}
-        found.append({**CONTEXT, "benchmark": "experts", "op": "layer", "pass": "forward",
-                      "shape": "flexolmo_6x64", **SHAPES["flexolmo_6x64"]._asdict(),
-                      "tokens": tokens, "dtype": "bfloat16", "results": results})  # fmt: skip
-    return found
-
-
-def test_figure_of_a_sweep():
-    swept = figure.sweep(some_sweep()[::-1])
-    assert [record["tokens"] for record in swept] == [1, 64, 4096, 16384]
-    picture = figure.svg(swept)
-    assert picture == figure.svg(figure.sweep(some_sweep()))
-    assert "abc1234" in picture and "nan" not in picture
-    root = ElementTree.fromstring(picture)
-    lines = [node for node in root.iter() if node.tag.endswith("polyline")]
-    assert len(lines) == len(figure.SERIES) - 1
-    assert figure.sweep(some_sweep()[:2]) == []
-
-
-def test_tables_of_a_sweep():
-    text = tables.layers(some_sweep())
-    assert text.splitlines()[2].startswith(
-        "| `flexolmo_6x64`, T = 16384, bfloat16, forward | 6.4 ms "
-    )
-    assert len(text.splitlines()) == 3, "other numbers of tokens are in the figure"
-    op = {**some_sweep()[0], "benchmark": "permutation", "op": "permute", "driver": "580"}
-    op["results"] = {"native": {"ms": 0.25, "share_of_copy": 0.9}, "triton": {"not_run": "no"}}
-    assert "| native 250 us (90% of copy) |" in tables.ops([op])
-
-
-def test_readme_says_what_the_records_say():
-    _, _, rest = tables.README.read_text().partition(tables.BEGIN)
-    found = records.latest()
-    assert rest.partition(tables.END)[0].strip() == tables.block(found).strip()
-    swept = figure.sweep(found)
-    assert tables.FIGURE.exists() == bool(swept)
-    assert not swept or tables.FIGURE.read_text() == figure.svg(swept)
-
-
-def test_records_are_whole():
-    for path in records.RESULTS.glob("*.jsonl"):
-        for line in path.read_text().splitlines():
-            record = json.loads(line)
-            assert record.keys() >= KEYS, path.name
-            assert record["benchmark"] == path.stem and record["shape"] in SHAPES

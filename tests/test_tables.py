@@ -1,0 +1,67 @@
+"""README's tables and figure are what the records say, and the records are whole."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ElementTree
+
+from benchmarks import figure, records, tables
+from benchmarks.shapes import SHAPES
+
+WHERE = {"device": "Some GPU", "driver": "580", "commit": "abc1234"}
+
+
+def some_sweep() -> list[dict]:
+    """Records of a sweep as a GPU gives them; the numbers are made up."""
+    found = []
+    for tokens, ms in ((1, 0.1), (64, 0.1), (4096, 1.6), (16384, 6.4)):
+        results = {
+            name: {"ms": ms * (2 + i), "how": "graph" if tokens < 99 and i % 2 else "events"}
+            for i, name in enumerate(figure.SERIES)
+        }
+        results["dense FFN compiled"] = {"ms": ms, "how": "graph"}
+        results["published"] = {"not_run": "out of memory"}
+        found.append({**WHERE, "benchmark": "experts", "op": "layer", "pass": "forward",
+                      "shape": "flexolmo_6x64", **SHAPES["flexolmo_6x64"]._asdict(),
+                      "tokens": tokens, "dtype": "bfloat16", "results": results})  # fmt: skip
+    return found
+
+
+def test_figure_of_a_sweep():
+    swept = figure.sweep(some_sweep()[::-1])
+    assert [record["tokens"] for record in swept] == [1, 64, 4096, 16384]
+    picture = figure.svg(swept)
+    assert picture == figure.svg(figure.sweep(some_sweep()))
+    assert "abc1234" in picture and "nan" not in picture
+    root = ElementTree.fromstring(picture)
+    lines = [node for node in root.iter() if node.tag.endswith("polyline")]
+    assert len(lines) == len(figure.SERIES) - 1
+    assert figure.sweep(some_sweep()[:2]) == []
+
+
+def test_tables_of_a_sweep():
+    text = tables.layers(some_sweep())
+    assert text.splitlines()[2].startswith(
+        "| `flexolmo_6x64`, T = 16384, bfloat16, forward | 6.4 ms "
+    )
+    assert len(text.splitlines()) == 3, "other numbers of tokens are in the figure"
+    op = {**some_sweep()[0], "benchmark": "permutation", "op": "permute", "driver": "580"}
+    op["results"] = {"native": {"ms": 0.25, "share_of_copy": 0.9}, "triton": {"not_run": "no"}}
+    assert "| native 250 us (90% of copy) |" in tables.ops([op])
+
+
+def test_readme_says_what_the_records_say():
+    _, _, rest = tables.README.read_text().partition(tables.BEGIN)
+    found = records.latest()
+    assert rest.partition(tables.END)[0].strip() == tables.block(found).strip()
+    swept = figure.sweep(found)
+    assert tables.FIGURE.exists() == bool(swept)
+    assert not swept or tables.FIGURE.read_text() == figure.svg(swept)
+
+
+def test_records_are_whole():
+    for path in records.RESULTS.glob("*.jsonl"):
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            assert record.keys() >= records.FIELDS, path.name
+            assert record["benchmark"] == path.stem and record["shape"] in SHAPES
