@@ -1,5 +1,5 @@
-"""Takes the benchmarks and keeps records: correctness before timing, progress on stderr, a table
-last.
+"""Takes the benchmarks and keeps records: correctness before timing, progress on stderr, a
+short table last.
 
     python -m benchmarks.run --quick              # main shape, decode, short ops: 2.5 minutes
     python -m benchmarks.run --all                # all named shapes: 9 minutes on an H100
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import math
 import signal
 import sys
 import time
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import bench, bench_experts, records
+from benchmarks import bench, bench_experts, printed, records
 from benchmarks.candidates import CANDIDATES, PEERS
 from benchmarks.problem import DTYPES
 from benchmarks.shapes import SHAPES, SWEEP, SWEPT
@@ -170,39 +169,6 @@ def _take_one(group, device, dtype, progress, context, write, op, say) -> None:
     )  # fmt: skip
 
 
-def table(taken: list[dict[str, Any]]) -> str:
-    """What was measured, short: milliseconds, spread, shares of the roofs, errors."""
-    head = f"{'':<38}{'ms':>10}{'p20':>10}{'p80':>10}{'copy':>7}{'matmul':>8}{'error':>7}  how"
-    lines = []
-    for record in taken:
-        name = f"{record['op']}, {record['pass']}, {record['shape']}, T = {record['tokens']}"
-        lines += ["", name, head]
-        for candidate, found in record["results"].items():
-            if "ms" not in found:
-                lines.append(f"  {candidate:<36}{found['not_run'][:60]:>12}")
-                continue
-            error = math.inf if found["error_ratio"] is None else found["error_ratio"]
-            shares = (found.get("share_of_copy"), found.get("share_of_matmul"))
-            copy, matmul = (f"{share:.0%}" if share else "" for share in shares)
-            lines.append(
-                f"  {candidate:<36}{found['ms']:>10.4g}{found['p20']:>10.4g}{found['p80']:>10.4g}"
-                f"{copy:>7}{matmul:>8}{error:>7.2f}  "
-                f"{found['how']} x{found['rounds']}"
-            )
-    return "\n".join(lines[1:])
-
-
-def wrong(taken: list[dict[str, Any]]) -> list[str]:
-    """Ours that failed the check or could not run, which is a failure of the whole command."""
-    return [
-        f"{record['op']}, {record['shape']}, T = {record['tokens']}: {name}: {found['not_run']}"
-        for record in taken
-        for name, found in record["results"].items()
-        if "not_run" in found and (name.startswith("ours") or record["benchmark"] != "experts")
-        and name != "torch" and found["not_run"] != "no time left"
-    ]  # fmt: skip
-
-
 def chosen(given: argparse.Namespace, device: str) -> list[Group]:
     """The groups that the command line asks for."""
     default = SWEPT if device == "cuda" else "small"
@@ -246,6 +212,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--seconds", type=float, help="budget; default 150, with --all 530")
+    parser.add_argument("--start", type=int, default=1, help="number of the first group to take")
     parser.add_argument("--commit", help="to record, where the sources have no git history")
     parser.add_argument(
         "--results",
@@ -260,20 +227,24 @@ def main(words: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     progress.say("measuring a large copy and a large matrix product")
     context = {**records.environment(device, given.commit), "roofs": records.roofs(device)}
+    roofs = context["roofs"]
+    head = (
+        f"{context['device']}, torch {context['torch']}, triton {context['triton']}, "
+        f"{context['commit']}: copy {roofs['copy_tb_s']} TB/s, matmul "
+        f"{roofs['matmul_tflop_s']} TFLOP/s ({roofs['matmul_dtype']})"
+    )
+    print(head, flush=True)
     taken: list[dict[str, Any]] = []
 
     def write(record: dict[str, Any]) -> None:
         taken.append(record)
         records.append(record, given.results)
+        print(printed.full(record), flush=True)
 
     dtype = getattr(torch, given.dtype) if given.dtype else DTYPES[device]
-    missing = take(groups, device, dtype, progress, context, write, op or "")
-    where = context
-    print(f"{where['device']}, torch {where['torch']}, triton {where['triton']}, {where['commit']}")
-    print(f"copy {where['roofs']['copy_tb_s']} TB/s, matmul {where['roofs']['matmul_tflop_s']} "
-          f"TFLOP/s ({where['roofs']['matmul_dtype']})\n")  # fmt: skip
-    print(table(taken))
-    faults = wrong(taken)
+    missing = take(groups[given.start - 1 :], device, dtype, progress, context, write, op or "")
+    print(f"\n{head}\n{printed.short(taken)}")
+    faults = printed.wrong(taken)
     for line in (*missing, *faults):
         print(f"MISSING: {line}")
     progress.say(f"{len(taken)} records in {given.results}")

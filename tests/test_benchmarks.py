@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import bench, bench_experts, records, run
+from benchmarks import bench, bench_experts, printed, records, run
 from benchmarks.candidates import CANDIDATES
 from benchmarks.problem import Problem
 from benchmarks.shapes import SHAPES, Shape
@@ -182,7 +182,7 @@ def test_ours_when_wrong_is_not_timed(monkeypatch):
     (record,) = layer_records(["ours, experts", "dense FFN"])
     assert record["results"]["ours, experts"]["not_run"] == "WRONG"
     assert "ms" not in record["results"]["ours, experts"]
-    assert run.wrong([record]) == ["layer, tiny, T = 20: ours, experts: WRONG"]
+    assert printed.wrong([record]) == ["fwd, tiny, T=20: ours, experts: WRONG"]
 
 
 def test_the_command_keeps_what_it_took(tmp_path, monkeypatch, capsys):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import xml.etree.ElementTree as ElementTree
 
-from benchmarks import figure, records, tables
+from benchmarks import figure, printed, records, tables
 from benchmarks.shapes import SHAPES
 
 WHERE = {"device": "Some GPU", "driver": "580", "commit": "abc1234"}
@@ -65,3 +65,22 @@ def test_records_are_whole():
             record = json.loads(line)
             assert record.keys() >= records.FIELDS, path.name
             assert record["benchmark"] == path.stem and record["shape"] in SHAPES
+
+
+def test_short_lines_of_layers_and_ops():
+    op = {**some_sweep()[0], "op": "permute", "pass": "forward + backward", "tokens": 9}
+    op["results"] = {"native": {"ms": 0.25, "share_of_copy": 0.9}, "torch": {"not_run": "no"}}
+    first, *layers, last = printed.short([op, *some_sweep()]).splitlines()
+    assert first.split()[-1] == "g_mm" and len(layers) == 4
+    assert layers[0].split() == [
+        "fwd,",
+        "flexolmo_6x64,",
+        "T=1",
+        "0.1",
+        "7.00",
+        "5.00",
+        "6.00",
+        "3.00",
+    ]
+    assert last.split("T=9")[1].strip() == "native 250 us 90% copy"
+    assert printed.name(op) == "permute, fwd + bwd, flexolmo_6x64, T=9"
