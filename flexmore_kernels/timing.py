@@ -7,8 +7,9 @@ What makes a figure from a GPU wrong, and what is done about it here:
   same work on copies of its inputs: they take turns, and `copies_for` says how many copies do not
   fit into the cache together. Calls timed one by one also have the cache overwritten before each.
 - *The host* needs microseconds for each launch, which a short kernel does not hide. So a call of
-  less than GRAPH_BELOW_MS is recorded in a CUDA graph and replayed. A call that waits for the
-  device (a nonzero, an .item()) cannot be: it is timed as it is called, which is its price.
+  less than GRAPH_BELOW_MS is recorded in a CUDA graph and replayed; before a longer one the device
+  is held until the host is ahead, as it is in a model of many layers. A call that waits for the
+  device (a nonzero, an .item()) allows neither: it is timed as it is called, which is its price.
 - *Clocks and load* change while one measures: every round times each candidate once, so that all
   meet the same conditions, and the median of the rounds counts.
 
@@ -31,13 +32,14 @@ Call = Callable[[], Any]
 
 GRAPH_BELOW_MS = 1.0
 """Shorter calls are replayed from a graph, where they can be."""
-HOST_BOUND = 4
-"""What takes up to so many times that when called is tried: the host may be what is slow."""
 GRAPH_MS = 1.0
 """About how long one replay takes: long beside what starting it costs."""
 MAX_GRAPH_CALLS = 2048
 CACHES = 3
 """Inputs that take turns are so many times as large as the L2 cache, together."""
+MAX_HOLD_MS = 20.0
+CYCLES_PER_MS = 2_000_000
+"""No less than a GPU's clock makes: a hold may be longer than asked for, not shorter."""
 
 
 class Times(NamedTuple):
@@ -50,6 +52,7 @@ class Times(NamedTuple):
     how: str  # "graph": replayed; "events": called, by CUDA events; "wall": by the host's clock
     calls: int  # that one round's figure is the mean of
     called_ms: float | None = None  # of a graph: median when called, with what the host adds
+    host_ms: float | None = None  # that the host is busy with a call, where it was let ahead
 
 
 class CallFailed(RuntimeError):
@@ -114,11 +117,15 @@ def compare(
         with _blame(name):
             for call in (*calls[:2], calls[0]):
                 call()
-    replays = {}
-    if graphs and device.type == "cuda":
+    replays: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
+    host_ms: dict[str, float] = {}
+    if device.type == "cuda":
         for name, calls in turns.items():
             with _blame(name):
-                replay = _replay(calls, stopwatch)
+                if waits_for_device(calls[0]):
+                    continue
+                host_ms[name] = _host_ms(calls[0])
+                replay = _replay(calls, stopwatch, host_ms[name]) if graphs else None
             if replay:
                 replays[name] = replay
         # Recording gives unused memory back; what is called next must not wait for it.
@@ -135,15 +142,18 @@ def compare(
             look = each_round
             for name, calls in turns.items():
                 with _blame(name):
-                    one = stopwatch.time(calls[done % len(calls)], look)
+                    # A graph's own calls are timed as they are; what is not in one, held.
+                    ahead = 0.0 if name in replays else host_ms.get(name, 0.0)
+                    one = stopwatch.time(calls[done % len(calls)], look, ahead)
                     if name in replays:
                         called[name].append(one)
                         one = stopwatch.time(replays[name][0].replay) / replays[name][1]
                 samples[name].append(one)
                 look = None
     except KeyboardInterrupt as interrupt:
-        raise Interrupted(_summaries(samples, called, replays, stopwatch.how)) from interrupt
-    return _summaries(samples, called, replays, stopwatch.how)
+        found = _summaries(samples, called, replays, host_ms, stopwatch.how)
+        raise Interrupted(found) from interrupt
+    return _summaries(samples, called, replays, host_ms, stopwatch.how)
 
 
 @contextlib.contextmanager
@@ -158,6 +168,7 @@ def _summaries(
     samples: dict[str, list[float]],
     called: dict[str, list[float]],
     replays: dict[str, tuple[torch.cuda.CUDAGraph, int]],
+    host_ms: dict[str, float],
     how: str,
 ) -> dict[str, Times]:
     found = {}
@@ -173,6 +184,7 @@ def _summaries(
             "graph" if name in replays else how,
             replays[name][1] if name in replays else 1,
             statistics.median(called[name]) if name in replays else None,
+            None if name in replays else host_ms.get(name),
         )
     return found
 
@@ -182,7 +194,7 @@ class _Wall:
 
     how = "wall"
 
-    def time(self, call: Call, look: Callable[[], None] | None = None) -> float:
+    def time(self, call: Call, look: Callable[[], None] | None = None, ahead: float = 0) -> float:
         begin = time.perf_counter()
         call()
         ms = (time.perf_counter() - begin) * 1e3
@@ -192,17 +204,19 @@ class _Wall:
 
 
 class _Events:
-    """CUDA events around a call; before it the L2 cache is overwritten, which takes the device long
-    enough for the host to get ahead with the first launches."""
+    """CUDA events around a call. Before it the L2 cache is overwritten, and the device held until
+    the host, which needs `ahead` milliseconds for the call, has made all its launches."""
 
     how = "events"
 
     def __init__(self, device: torch.device) -> None:
         self.flush = torch.empty(5 * l2_bytes(device), dtype=torch.int8, device=device)
 
-    def time(self, call: Call, look: Callable[[], None] | None = None) -> float:
+    def time(self, call: Call, look: Callable[[], None] | None = None, ahead: float = 0) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.flush.zero_()
+        if ahead:
+            torch.cuda._sleep(int(min(2 * ahead, MAX_HOLD_MS) * CYCLES_PER_MS))
         start.record()
         call()
         end.record()
@@ -227,13 +241,20 @@ def waits_for_device(call: Call) -> bool:
     return False
 
 
-def _replay(calls: list[Call], stopwatch: _Events) -> tuple[torch.cuda.CUDAGraph, int] | None:
+def _host_ms(call: Call) -> float:
+    """How long the host is busy with a call that does not wait for the device."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    call()
+    return (time.perf_counter() - begin) * 1e3
+
+
+def _replay(
+    calls: list[Call], stopwatch: _Events, host_ms: float
+) -> tuple[torch.cuda.CUDAGraph, int] | None:
     """A graph of the calls in turn, and how many; None where a graph is no use or cannot be."""
-    if waits_for_device(calls[0]):
-        return None
-    # Called one by one the figure may be the host's: a graph of a few calls says what is short.
-    ms = min(stopwatch.time(call) for call in (calls * 3)[:3])
-    if ms > HOST_BOUND * GRAPH_BELOW_MS:
+    ms = min(stopwatch.time(call, None, host_ms) for call in (calls * 3)[:3])
+    if ms > 2 * GRAPH_BELOW_MS:  # a margin: the first graph below decides
         return None
     few = min(len(calls), 8)
     trial = _capture(calls, few)

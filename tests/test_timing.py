@@ -103,7 +103,8 @@ def test_short_calls_are_replayed_and_waiting_ones_are_not():
     assert times["short"].how == "graph" and times["short"].calls % count == 0
     assert times["short"].called_ms is not None
     assert times["waits"].how == "events" and len(called) == 3 + 1 + 1 + 3
-    assert times["long"].how == "events"
+    assert times["long"].how == "events" and times["long"].host_ms < times["long"].ms
+    assert times["waits"].host_ms is None, "what waits for the device is not let ahead"
 
 
 @gpu
