@@ -198,7 +198,7 @@ def _compare(
         except CallFailed as failed:
             results[failed.name]["not_run"] = str(failed)[:160]
             candidates = {name: calls for name, calls in candidates.items() if name != failed.name}
-            gc.collect()
+        gc.collect()
     return {}
 
 

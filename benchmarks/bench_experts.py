@@ -55,19 +55,25 @@ def price(
     say("the reference in float64")
     _ = problem.truth
     for which in passes:
+        work = {dense: problem.work(which != PASSES[0], dense) for dense in (False, True)}
         calls, results = _build(problem, names, which, say, deadline)
-        if calls:
-            say(f"{which}: timing {len(calls)} candidates side by side")
-            clocks = records.Clocks(device)
-
-            def record(times: dict[str, Times], which=which, results=results, clocks=clocks):
-                write(_record(shape_name, problem, which, results, times, context, clocks))
-
-            try:
-                record(_time(problem, calls, results, which, seconds, clocks))
-            except Interrupted as interrupt:
-                record(interrupt.times)
-                raise
+        say(f"{which}: timing {len(calls)} candidates side by side")
+        clocks, times = records.Clocks(device), {}
+        try:
+            times = _time(problem, calls, results, which, seconds, clocks)
+        except Interrupted as interrupt:
+            times = interrupt.times
+            raise
+        finally:
+            for name, found in times.items():
+                of_dense = CANDIDATES[name].what == "dense"
+                results[name] |= records.result(found, context["roofs"], *work[of_dense])
+            write({
+                "benchmark": "experts", "op": "layer", "shape": shape_name, **shape._asdict(),
+                "tokens": tokens, "dtype": str(dtype).removeprefix("torch."), "pass": which,
+                **context, "clocks": clocks.seen(), "bytes": work[False][0],
+                "flops": work[False][1], "results": results,
+            })  # fmt: skip
         del calls
         torch._dynamo.reset()
         _free(device)
@@ -97,10 +103,11 @@ def _build(
             results[name] = {"not_run": f"not installed: {error}"}
         except Exception as error:
             results[name] = {"not_run": _in_words(error)}
+        if name not in calls:
             _free(problem.device)
-        if name.startswith("ours") and name in calls and _wrong(results[name]):
+        elif name.startswith("ours") and _wrong(results[name]):
             results[name]["not_run"] = "WRONG"
-            calls.pop(name, None)
+            del calls[name]
     return calls, results
 
 
@@ -155,31 +162,8 @@ def _time(
         except CallFailed as failed:
             results[failed.name]["not_run"] = _in_words(failed.__cause__)
             calls = {name: call for name, call in calls.items() if name != failed.name}
-            _free(problem.device)
+        _free(problem.device)
     return {}
-
-
-def _record(
-    shape_name: str,
-    problem: Problem,
-    which: str,
-    results: dict[str, dict[str, Any]],
-    times: dict[str, Times],
-    context: dict[str, Any],
-    clocks: records.Clocks,
-) -> dict[str, Any]:
-    shape = problem.shape
-    nbytes, flops = problem.work(which != PASSES[0])
-    for name, found in times.items():
-        dense = CANDIDATES[name].what == "dense"
-        work = problem.work(which != PASSES[0], dense)
-        results[name] |= records.result(found, context["roofs"], *work)
-    return {
-        "benchmark": "experts", "op": "layer", "shape": shape_name, **shape._asdict(),
-        "tokens": problem.tokens, "dtype": str(problem.dtype).removeprefix("torch."),
-        "pass": which, **context, "clocks": clocks.seen(), "bytes": nbytes, "flops": flops,
-        "results": results,
-    }  # fmt: skip
 
 
 def _in_words(error: BaseException | None) -> str:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from benchmarks.shapes import SWEEP
+
 FLOORS = ("dense FFN compiled", "dense FFN")
 SERIES = {  # candidate: words, colour on light, on dark
     "Hugging Face eager": ("Hugging Face, eager", "#8a5a00", "#e0b060"),
@@ -32,10 +34,11 @@ FEW = 3
 
 
 def sweep(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The forward records of the shape, dtype and device with the most numbers of tokens, by T."""
+    """The forward records of the shape, dtype and device with the most T of SWEEP, by T."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for record in records:
-        if record["benchmark"] == "experts" and record["pass"] == "forward" and floor(record):
+        whole = record["benchmark"] == "experts" and record["pass"] == "forward" and floor(record)
+        if whole and record["tokens"] in SWEEP:
             key = record["shape"], record["dtype"], record["device"]
             groups.setdefault(key, []).append(record)
     best = max(groups.values(), key=len, default=[])

@@ -9,10 +9,10 @@ import time
 import pytest
 import torch
 
-from benchmarks import bench, bench_experts, printed, records, run
+from benchmarks import bench, bench_experts, figure, printed, records, run, tables
 from benchmarks.candidates import CANDIDATES
 from benchmarks.problem import Problem
-from benchmarks.shapes import SHAPES, Shape
+from benchmarks.shapes import SHAPES, SWEEP, Shape
 from flexmore_kernels.testing import assert_accurate
 
 CONTEXT = {
@@ -208,7 +208,7 @@ def test_a_group_without_time_is_not_begun(monkeypatch):
     monkeypatch.setattr(bench_experts, "price", lambda *a, **k: None)
     groups = [run.layer("tiny", 1, (), 50), run.layer("tiny", 2, (), 50)]
     missing = run.take(groups, "cpu", torch.float32, run.Progress(10), {}, quiet)
-    assert missing == ["layer, tiny, T = 2: not begun, no time left"]
+    assert missing == ["2/2 layer, tiny, T = 2: not begun, no time left"]
 
 
 def test_groups_name_what_there_is():
@@ -237,3 +237,11 @@ def test_records_from_elsewhere_are_added_once(tmp_path, monkeypatch):
     files = {path.stem: path.read_text() for path in records.RESULTS.iterdir()}
     assert files.keys() == {"experts", "routing"}
     assert (files["experts"].count('"x"'), files["routing"].count('"x"')) == (1, 1)
+
+
+def test_what_readme_shows_is_always_taken():
+    shown = {*figure.SERIES, *tables.COLUMNS, figure.FLOORS[0]}
+    assert shown == set(run.SHOWN)
+    for group in run.quick() + run.everything():
+        if group.shape == run.SWEPT and group.names and not group.backward:
+            assert group.tokens not in SWEEP or shown <= set(group.names), str(group)
