@@ -26,8 +26,8 @@ SERIES = {  # candidate: words, colour on light, on dark
 WIDTH, HEIGHT = 860, 460
 LEFT, RIGHT, TOP, BOTTOM = 62, 236, 56, 78
 LEGEND = (
-    "Filled: replayed from a CUDA graph. Hollow: as called, with the host's launches, which long "
-    "kernels hide."
+    "Filled: replayed from a CUDA graph. Hollow: called one by one; what waits for the device pays "
+    "for the host too."
 )
 FEW = 3
 """Fewer numbers of tokens than this make no line."""

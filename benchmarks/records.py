@@ -141,7 +141,7 @@ class Clocks:
         if self.nvml is None:
             return
         n, h = self.nvml, self.handle
-        with contextlib.suppress(n.NVMLError):
+        with contextlib.suppress(Exception):  # a reading is not worth a run
             self.samples.append((
                 n.nvmlDeviceGetClockInfo(h, n.NVML_CLOCK_SM),
                 n.nvmlDeviceGetClockInfo(h, n.NVML_CLOCK_MEM),

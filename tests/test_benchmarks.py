@@ -245,3 +245,13 @@ def test_what_readme_shows_is_always_taken():
     for group in run.quick() + run.everything():
         if group.shape == run.SWEPT and group.names and not group.backward:
             assert group.tokens not in SWEEP or shown <= set(group.names), str(group)
+
+
+def test_clocks_are_summed_up():
+    clocks = records.Clocks("cpu")
+    clocks.look()
+    assert clocks.seen() is None
+    clocks.samples = [(1000, 2600, 300.0, 40), (1980, 2600, 500.0, 60), (1500, 2600, 400.0, 50)]
+    seen = clocks.seen()
+    assert seen["sm_mhz"] == [1000, 1500, 1980] and seen["samples"] == 3
+    assert clocks.seen() is None, "each record has its own"
