@@ -2,6 +2,7 @@
 
 from . import ops
 from .checks import validation
+from .counters import RouterStatistics
 from .layer import FlexMoRE
 from .model import FlexMoREConfig, FlexMoREForCausalLM
 from .ragged import Ragged, RoutingPlan, StackedFactors
@@ -14,6 +15,7 @@ __all__ = [
     "FlexMoREConfig",
     "FlexMoREForCausalLM",
     "Ragged",
+    "RouterStatistics",
     "RoutingPlan",
     "SlowPathWarning",
     "StackedFactors",

@@ -27,10 +27,17 @@ from .layer import FlexMoRE
 from .lowrank import expand, shrink
 from .model import FlexMoREForCausalLM
 from .permutation import permute, unpermute
+from .router_loss import (
+    RouterStatistics,
+    load_balancing_loss,
+    router_statistics,
+    router_z_loss,
+)
 from .routing import Routing, RoutingPlan, make_plan, topk_route
 
 __all__ = [
-    "FlexMoRE", "FlexMoREForCausalLM", "Routing", "RoutingPlan", "StackedFactors", "expand",
-    "experts", "gated_mix",
-    "grouped_gemm", "make_plan", "permute", "shrink", "topk_route", "unpermute",
+    "FlexMoRE", "FlexMoREForCausalLM", "RouterStatistics", "Routing", "RoutingPlan",
+    "StackedFactors", "expand", "experts", "gated_mix", "grouped_gemm", "load_balancing_loss",
+    "make_plan", "permute", "router_statistics", "router_z_loss", "shrink", "topk_route",
+    "unpermute",
 ]  # fmt: skip
