@@ -113,7 +113,9 @@ def test_what_is_said_of_chosen_kernels_runs(kernels, device, ran):
 
 
 def test_every_op_is_reported():
-    assert {op.name.split()[0] for op in environment.OPS} == set(ops.__all__)
+    stems = {name: getattr(ops, name).__module__.rpartition(".")[2] for name in ops.__all__}
+    with_kernels = {name for name, stem in stems.items() if stem in backend.STEMS}
+    assert {op.name.split()[0] for op in environment.OPS} == with_kernels
     assert {op.stem for op in environment.OPS} == set(backend.STEMS)
 
 
