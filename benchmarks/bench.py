@@ -25,7 +25,7 @@ from flexmore_kernels.testing import accuracy, tensors, to_float64, tree_map
 from flexmore_kernels.timing import Call, CallFailed, Times, compare, copies_for
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-CHECKED_TOKENS = 128
+CHECKED_TOKENS = 256
 
 
 class Price(NamedTuple):

@@ -61,10 +61,10 @@ def sorted_grouped_mm(
 
     x (T, D), indices and gates (T, K), gate_up (E, 2F, D), down (E, D, F) -> (T, D).
     """
-    order = indices.flatten().argsort(stable=True)
+    ids, order = indices.flatten().sort(stable=True)
     token = order // indices.shape[1]
-    ids = torch.arange(gate_up.shape[0], device=x.device)
-    ends = (indices.flatten()[:, None] == ids).sum(0).cumsum(0).to(torch.int32)
+    experts = torch.arange(gate_up.shape[0], device=x.device)
+    ends = torch.searchsorted(ids, experts, right=True).to(torch.int32)
     gate, up = F.grouped_mm(x[token], gate_up.mT, offs=ends).chunk(2, dim=-1)
     h = F.silu(gate) * up * gates.flatten()[order, None].to(x.dtype)
     y = F.grouped_mm(h, down.mT, offs=ends)
