@@ -1,6 +1,6 @@
 """flexmore_kernels: FlexMoRE layers at hardly more than the price of one dense FFN."""
 
-from . import ops
+from . import flops, ops
 from .checks import validation
 from .counters import RouterStatistics
 from .layer import FlexMoRE
@@ -19,6 +19,7 @@ __all__ = [
     "RoutingPlan",
     "SlowPathWarning",
     "StackedFactors",
+    "flops",
     "ops",
     "validation",
 ]

@@ -35,7 +35,7 @@ PLAN = (
     ("_aten",),
     ("_native", "_triton"),
     ("ops",),
-    ("layer",),
+    ("flops", "layer"),
     ("model",),
     ("checkpoint",),
     ("demo", "environment"),
