@@ -39,6 +39,28 @@ __device__ __forceinline__ void score_slots(const Inputs& in, bool exists, int64
     for (int k = lane; k < in.top_k; k += Lanes) weights[slots + k] = A(score(k) / divisor);
 }
 
+// The largest entry of a group's lanes, of equal ones the one of the lowest expert, in all lanes.
+template <int Lanes, class A>
+__device__ __forceinline__ void best_of_group(A& best, int& best_e) {
+    if constexpr (Lanes == 32 && sizeof(A) == 4) {
+        // As integers of the same order, which a warp reduces in one instruction; -0 counts as 0.
+        const unsigned bits = __float_as_uint(best + 0.0f);
+        const unsigned key = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+        const unsigned largest = __reduce_max_sync(kFullWarp, key);
+        best_e = int(__reduce_min_sync(kFullWarp, key == largest ? unsigned(best_e) : INT32_MAX));
+        best = __uint_as_float(largest & 0x80000000u ? largest ^ 0x80000000u : ~largest);
+    } else {
+#pragma unroll
+        for (int offset = Lanes / 2; offset > 0; offset /= 2) {
+            const A other = __shfl_xor_sync(kFullWarp, best, offset);
+            const int other_e = __shfl_xor_sync(kFullWarp, best_e, offset);
+            const bool better = other > best || (other == best && other_e < best_e);
+            best = better ? other : best;
+            best_e = better ? other_e : best_e;
+        }
+    }
+}
+
 // IsSoftmax or not is a matter of compilation, so that neither pays for the other's registers.
 template <class A, int Lanes, int PerLane, bool IsSoftmax>
 __global__ void __launch_bounds__(kThreads)
@@ -61,14 +83,7 @@ __global__ void __launch_bounds__(kThreads)
             best = better ? token.v[j] : best;
             best_e = better ? lane + j * Lanes : best_e;
         }
-#pragma unroll
-        for (int offset = Lanes / 2; offset > 0; offset /= 2) {
-            const A other = __shfl_xor_sync(kFullWarp, best, offset);
-            const int other_e = __shfl_xor_sync(kFullWarp, best_e, offset);
-            const bool better = other > best || (other == best && other_e < best_e);
-            best = better ? other : best;
-            best_e = better ? other_e : best_e;
-        }
+        best_of_group<Lanes>(best, best_e);
         const bool found = best_e != INT32_MAX;
         if (found && best_e % Lanes == lane) open &= ~(1u << best_e / Lanes);
         // Lane k % Lanes keeps slot k, for now with its logit: it alone reads it again below.
@@ -231,6 +246,8 @@ void for_kernel(const Inputs& in, F&& f) {
         f(float{}, Int<8>{}, Int<1>{});
     } else if (in.num_experts <= 128) {
         is_double ? f(double{}, Int<32>{}, Int<4>{}) : f(float{}, Int<32>{}, Int<4>{});
+    } else if (in.num_experts <= 256) {
+        is_double ? f(double{}, Int<32>{}, Int<8>{}) : f(float{}, Int<32>{}, Int<8>{});
     } else {
         is_double ? f(double{}, Int<32>{}, Int<32>{}) : f(float{}, Int<32>{}, Int<32>{});
     }
