@@ -7,6 +7,7 @@ layer and projection, which config.json cannot say; a write that dies half-way.
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -87,10 +88,11 @@ def test_ranks_come_from_the_tensors(directory):
         "expert 1: expert_ranks says rank 3; its tensors hold full size and ranks 3 to 7",
     )
     model = checkpoint.load_model(directory)
-    assert_same(
-        model.state_dict()[f"{EXPERT}gate_proj_a.weight"],
-        load_file(directory / "model.safetensors")[f"{EXPERT}gate_proj_a.weight"],
-    )
+    stored = load_file(directory / "model.safetensors")
+    name = f"{EXPERT}gate_proj_a.weight"
+    assert_same(model.state_dict()[name], stored[name])
+    for layer in (0, 1):
+        assert checkpoint.load_layer(directory, layer).expert_ranks == layout.layer_ranks[layer]
 
 
 def test_rank_above_the_matrix_is_noted(directory):
@@ -182,6 +184,15 @@ def test_faulty_tensor_is_named(directory, name, fault):
 
     rewrite(directory, change)
     with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        checkpoint.load_model(directory)
+
+
+@pytest.mark.parametrize("part", ["up_proj_a", "down_proj_b"])
+def test_transposed_factor_is_named(directory, part):
+    """Some files hold A as (in, r) and B as (r, out): as many numbers, another matrix."""
+    name = f"{EXPERT}{part}.weight"
+    rewrite(directory, lambda tensors: tensors.update({name: tensors[name].T.contiguous()}))
+    with pytest.raises(ValueError, match=re.escape(EXPERT)):
         checkpoint.load_model(directory)
 
 

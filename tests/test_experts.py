@@ -18,6 +18,8 @@ from flexmore_kernels.testing import CASE_IDS, CASES, Case
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALL = Case("small", "gradcheck", 4, 5, 6, (0, 2, (1, "full", 0), ("full", 0, "full")), 2)
+FULL_DOWN = Case("full_down", "full-size in down alone: its hidden rows are read like a delta's",
+                 9, 8, 12, (0, 2, (1, 0, "full"), 3), 2)  # fmt: skip
 
 
 def make(case: Case, device: str, dtype: torch.dtype):
@@ -86,7 +88,7 @@ def test_experts_forward_and_backward(case, dtype, device, kernels):
     check(lambda: make(case, device, dtype))
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[8], SMALL], ids=["plain", "ragged", "small"])
+@pytest.mark.parametrize("case", [CASES[0], CASES[8], SMALL, FULL_DOWN], ids=lambda c: c.name)
 def test_experts_float64(case, device, kernels):
     check(lambda: make(case, device, torch.float64))
 
@@ -221,6 +223,22 @@ def test_experts_poison_stays_where_it_is_routed(device, kernels):
     clean = torch.arange(len(x), device=device) != 3
     assert y[clean].isfinite().all()
     assert not y[3].isfinite().all()
+
+
+def test_experts_of_infinite_weights_spoil_their_own_tokens(device, kernels):
+    """Only one token chose the expert whose factors are infinite; its neighbours do not see it."""
+    x, indices, weights, *sides = make(CASES[6], device, torch.float32)
+    indices[:] = torch.tensor([0, 1])
+    indices[3, 1] = 2
+    for side in sides:
+        side[2][0].fill_(float("inf"))
+    x.requires_grad_()
+    y = ops.experts(x, indices, weights, *sides)
+    (dx,) = torch.autograd.grad(y, x, torch.randn_like(y))
+    others = torch.arange(len(x), device=device) != 3
+    for result in (y.detach(), dx):
+        assert result[others].isfinite().all()
+        assert not result[3].isfinite().all()
 
 
 @given(data=st.data())

@@ -91,6 +91,15 @@ def test_experts_without_a_weight_are_left_alone(transpose, device, kernels):
     assert (out[offsets[-1] :] == 7).all()
 
 
+@pytest.mark.parametrize("order", ((0, 1, 3, 4), (0, 2, 4, 1), (3, 2, 1, 0)), ids=str)
+def test_weights_anywhere_in_one_storage(order, device, kernels):
+    """Experts at equal distances are read as a stack, also a descending one; others must not be."""
+    plan, x = some_plan(device), torch.randn(18, 20, device=device)
+    stack = torch.randn(5, 24, 20, device=device)
+    apart = ops.grouped_gemm(x, [stack[place].clone() for place in order], plan)
+    assert_same(ops.grouped_gemm(x, [stack[place] for place in order], plan), apart)
+
+
 def test_only_wanted_gradients(device, kernels):
     """A frozen weight costs no launch: its gradient is never formed."""
     plan = some_plan(device)

@@ -82,6 +82,15 @@ def test_model_forward_and_backward(ranks, padding, kernels):
         testing.assert_accurate(parameter.grad, wanted, name=name)
 
 
+@pytest.mark.parametrize("norm", [False, True])
+def test_model_hands_its_routing_options_to_every_layer(norm):
+    model = make(torch.float64, norm_topk_prob=norm, num_experts_per_tok=3)
+    ids = torch.randint(50, (2, 7))
+    testing.assert_accurate(model(ids), twin(model)(ids).detach())
+    options = {(b.mlp.norm_topk_prob, b.mlp.top_k) for b in model.model.layers}
+    assert options == {(norm, 3)}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_model_on_the_device(dtype, device):
     """The dtypes of use, with every expert selected: no router may decide otherwise."""

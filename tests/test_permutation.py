@@ -106,6 +106,37 @@ def test_unpermute_onto_a_base(dtype, device, kernels):
         assert_same(out + 0.0, truth.to(dtype) + 0.0)
 
 
+def test_sums_are_in_the_order_of_slots(device, kernels):
+    """2^30 - 2^30 + 1 is 1 in this order alone; the second token's slots are not in rows' order."""
+    plan = ops.make_plan(torch.tensor([[0, 1, 2], [2, 1, 0]], device=device), 3)
+    x = torch.zeros(6, 5, device=device)
+    x[plan.slot_to_row.long()] = torch.tensor([2.0**30, -(2.0**30), 1.0], device=device)[:, None]
+    for weights in (None, torch.ones(2, 3, device=device)):
+        assert (ops.unpermute(x, plan, weights) == 1).all()
+
+
+@pytest.mark.parametrize("offset", (1, 2, 4, 8))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
+def test_rows_that_start_anywhere(offset, dtype, device, kernels):
+    """A slice of a larger tensor is contiguous, but need not start where wide accesses may."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        room = tensor.new_empty(tensor.numel() + offset)
+        return room[offset:].view(tensor.shape).copy_(tensor)
+
+    plan = some_plan(device)
+    x, y = exact(6, 64, device=device, dtype=dtype), exact(18, 64, device=device, dtype=dtype)
+    weights = exact(6, 3, device=device)
+    assert_same(ops.permute(moved(x), plan), ops.permute(x, plan))
+    ours = grads(ops.unpermute, (moved(y), moved(weights)), moved(x), plan)
+    for a, b in zip(ours, grads(ops.unpermute, (y, weights), x, plan), strict=True):
+        assert_same(a, b)
+    raw = backend.kernels("permutation", x)
+    for base in (x, x.float()):
+        given = (y, plan.slot_to_row, weights)
+        assert_same(raw.unpermute(*given, moved(base)), raw.unpermute(*given, base))
+
+
 @given(data=st.data())
 def test_the_two_are_adjoint(data, device, kernels):
     """<permute(x), y> = <x, unpermute(y)> for any plan, in numbers that add exactly."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import some_ids, to_device
+from common import skip_narrow, some_ids, to_device
 from torch import Tensor
 
 import reference
@@ -19,11 +19,13 @@ def some_mask(tokens: int, experts: int) -> Tensor:
     return mask
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("scoring", ("softmax", "sigmoid", "unit"))
-def test_routing_opcheck(scoring, device, kernels):
-    logits = torch.randn(4, 5, device=device, requires_grad=True)
-    weight = torch.randn(3, 5, device=device, requires_grad=True)
-    bias = torch.randn(4, device=device, requires_grad=True)
+def test_routing_opcheck(scoring, dtype, device, kernels):
+    skip_narrow(kernels, device, dtype)
+    options = {"dtype": dtype, "device": device, "requires_grad": True}
+    logits, weight = torch.randn(4, 5, **options), torch.randn(3, 5, **options)
+    bias = torch.randn(4, **options)
     mask = some_mask(4, 5).to(device)
     weights, indices = torch.ops.flexmore.topk_route(logits, bias, mask, 2, False, scoring)
     flexmore = torch.ops.flexmore

@@ -40,6 +40,7 @@ PLANS = {
     "k_equals_1": (70, 5, 1), "k_equals_e": (20, 7, 7),
     "eight_experts": (40, 8, 3), "nine_experts": (40, 9, 3),
     "several_blocks": (150, 7, 3), "wide_blocks": (150, 70, 8), "all_experts": (3, 1024, 20),
+    "many_blocks": (3000, 7, 2),
 }  # fmt: skip
 
 

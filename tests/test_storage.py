@@ -60,7 +60,7 @@ def test_storage_optimizer_step(kind, stacked, device):
 
 
 @stacked_or_apart
-def test_storage_data_is_written(stacked, device):
+def test_storage_data_is_written(stacked, device, kernels):
     layer = make(stacked, device)
     x = testing.make_x(20, 16, device)
     before = layer(x)
