@@ -4,7 +4,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test test-gpu bench wheel lint build clean
+.PHONY: demo test test-gpu planted-bugs bench wheel lint build clean
 
 demo: build
 	.venv/bin/flexmore demo $(ARGS)
@@ -15,6 +15,9 @@ test: build
 
 test-gpu:
 	bash benchmarks/gpu.sh build/gpu
+
+planted-bugs: build
+	$(RUN) tests/planted_bugs.py $(ARGS)
 
 bench: build
 	$(RUN) -m benchmarks.run --quick

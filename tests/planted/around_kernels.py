@@ -1,0 +1,200 @@
+"""Bugs around the kernels: gradients, dispatch, dtypes, stored weights, checkpoints, the model."""
+
+from __future__ import annotations
+
+from .bug import Bug
+
+EXPERTS = "flexmore_kernels/ops/experts.py"
+ROUTING = "flexmore_kernels/ops/routing.py"
+LAYER = "flexmore_kernels/layer.py"
+ATEN = "flexmore_kernels/_aten/experts.py"
+MODEL = "flexmore_kernels/model.py"
+
+BUGS = (
+    # Gradients, and which are wanted
+    Bug(
+        "the needs of another argument",
+        "Inputs are counted, and the ids between x and the weights need no gradient.",
+        EXPERTS,
+        "needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], *ctx.needs_input_grad[3]]",
+        "needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], *ctx.needs_input_grad[3]]",
+        "tests/test_experts.py -k forward_and_backward",
+    ),
+    Bug(
+        "no hidden gradient where only the router is trained",
+        "A list of what needs it that forgets the routing weights.",
+        ATEN,
+        "        self.need_hidden = self.need_x or need_weights or any(inputs)\n",
+        "        self.need_hidden = self.need_x or any(inputs)\n",
+        "tests/test_experts.py::test_experts_needs_of_each_tensor",
+    ),
+    Bug(
+        "routing weights without a gradient",
+        "Detached as if routing were a constant: training goes on, the router learns nothing.",
+        LAYER,
+        "        p_TK = _cast(routing.weights, ",
+        "        p_TK = _cast(routing.weights.detach(), ",
+        "tests/test_layer.py",
+    ),
+    Bug(
+        "logits handed out without a gradient",
+        "They are returned for a balancing loss, whose gradient comes back beside the weights'.",
+        ROUTING,
+        "    dlogits = (dlogits + dlogits_out).to(x.dtype)\n",
+        "    dlogits = dlogits.to(x.dtype)\n",
+        "tests/test_routing.py",
+    ),
+    Bug(
+        "the bias's gradient at zero is 1",
+        "Every bias starts at 0, where min(b, 0) has a kink, and torch.minimum halves.",
+        ROUTING,
+        "0.5 * (bias == 0).to(dlogits.dtype)",
+        "(bias == 0).to(dlogits.dtype)",
+        "tests/test_routing.py",
+    ),
+    Bug(
+        "an empty slot gets row 0's gradient",
+        "-1 clamped to 0 so that the gather is legal, and not masked after it.",
+        "flexmore_kernels/ragged.py",
+        "    return torch.where(slot_to_row >= 0, values[slot_to_row.clamp(min=0).long()], 0)\n",
+        "    return values[slot_to_row.clamp(min=0).long()]\n",
+        "tests/test_gated_mix.py",
+    ),
+    Bug(
+        "routing weights' gradients in x's dtype",
+        "Made like x instead of like the weights, which are float32 beside a bfloat16 x.",
+        ATEN,
+        "        self.dweights = torch.zeros_like(weights) if need",
+        "        self.dweights = torch.zeros_like(weights, dtype=x.dtype) if need",
+        "tests/test_experts.py -k forward_and_backward",
+    ),
+    # Numbers
+    Bug(
+        "sums in bfloat16",
+        "The accumulator takes the rows' dtype: each of K additions rounds.",
+        "flexmore_kernels/_aten/permutation.py",
+        "    acc = torch.promote_types(x_ND.dtype, torch.float32)\n",
+        "    acc = x_ND.dtype\n",
+        "tests/test_permutation.py",
+    ),
+    Bug(
+        "pre-activations rounded to bfloat16 on the way",
+        "A second rounding between two kernels that each round once.",
+        "flexmore_kernels/_native/gated_mix.py",
+        "    gate_NF = _expand(z_gate, b_gate, plan, ranks_gate, gate_TF, acc)\n",
+        "    gate_NF = _expand(z_gate, b_gate, plan, ranks_gate, gate_TF, dtype).to(acc)\n",
+        "tests/test_gated_mix.py",
+    ),
+    Bug(
+        "autocast inside an op",
+        "Autocast recasts the aten calls in a kernel, whose inputs have their dtypes for a reason.",
+        "flexmore_kernels/library.py",
+        "        if not torch.is_autocast_enabled(device):\n",
+        "        if True:\n",
+        "tests/test_layer_dtypes.py",
+    ),
+    # Layouts that kernels do not take
+    Bug(
+        "a kernel given strided rows",
+        "A view of every second column has the right shape and the wrong strides.",
+        EXPERTS,
+        '        contiguous("x", x), indices, weights.contiguous(), unflatten(',
+        "        x, indices, weights.contiguous(), unflatten(",
+        "tests/test_experts.py::test_experts_int32_ids_and_strides",
+        "interpreter",
+    ),
+    Bug(
+        "a kernel given transposed weights",
+        "contiguous() on one argument and not on the other.",
+        "flexmore_kernels/ops/permutation.py",
+        "    weights = None if weights is None else weights.contiguous()\n",
+        "",
+        "tests/test_permutation.py",
+        "interpreter",
+    ),
+    Bug(
+        "a fake result of another dtype",
+        "The fake says x's dtype; in float32 that is right, and eager mode never asks it.",
+        ROUTING,
+        "logits.new_empty(shape, dtype=torch.promote_types(logits.dtype, torch.float32)),",
+        "logits.new_empty(shape),",
+        "tests/test_routing_contract.py",
+    ),
+    # Weights that are stale, swapped or thawed
+    Bug(
+        "parameters looked up once",
+        "The list of weights kept on the layer: load_state_dict(assign=True) makes new ones.",
+        LAYER,
+        "        weights = [self.experts.projection(name) for name in PROJECTIONS]\n",
+        '        weights = self.__dict__.setdefault("_weights", '
+        "[self.experts.projection(name) for name in PROJECTIONS])\n",
+        "tests/test_storage.py",
+    ),
+    Bug(
+        "factors packed once",
+        "Packed by identity or version: a fused optimizer and `.data` change neither.",
+        "flexmore_kernels/projection.py",
+        "    def pack(self, multiple: int) -> tuple[Tensor, Tensor]:\n",
+        '    @__import__("functools").lru_cache\n'
+        "    def pack(self, multiple: int) -> tuple[Tensor, Tensor]:\n",
+        "tests/test_storage.py",
+        "interpreter",
+    ),
+    Bug(
+        "gate and up swapped",
+        "Both are (F, D): no shape tells them apart.",
+        LAYER,
+        "zip(PROJECTIONS, (gate, up, down), strict=True):\n                for weight",
+        "zip(PROJECTIONS, (up, gate, down), strict=True):\n                for weight",
+        "tests/test_layer.py",
+    ),
+    Bug(
+        "frozen factors thaw when they are loaded",
+        "assign=True makes a new parameter, and a new parameter needs a gradient.",
+        "flexmore_kernels/storage.py",
+        "nn.Parameter(new, requires_grad=old.requires_grad)",
+        "nn.Parameter(new)",
+        "tests/test_storage.py",
+    ),
+    # Checkpoints and the model
+    Bug(
+        "transposed factors pass",
+        "Shapes compared as if their order did not matter: some checkpoints store (in, r).",
+        "flexmore_kernels/checkpoint_layout.py",
+        "        if found[name] != shape:\n",
+        "        if sorted(found[name]) != sorted(shape):\n",
+        "tests/test_checkpoint.py",
+    ),
+    Bug(
+        "the first layer's ranks for every layer",
+        "config.json has one list; what the tensors of a layer hold may differ.",
+        "flexmore_kernels/checkpoint.py",
+        '        "expert_ranks": layout.layer_ranks[layer],\n',
+        '        "expert_ranks": layout.layer_ranks[0],\n',
+        "tests/test_checkpoint.py",
+    ),
+    Bug(
+        "the norm before the attention",
+        "As in most models, but OLMo-2 and FlexOlmo have it after.",
+        MODEL,
+        "        h = h + self.post_attention_layernorm(self.self_attn(h, rotary, mask))\n",
+        "        h = h + self.self_attn(self.post_attention_layernorm(h), rotary, mask)\n",
+        "tests/test_model.py",
+    ),
+    Bug(
+        "no causal mask where there is no padding",
+        "The padding's mask holds the causal one; without padding nobody passes either.",
+        MODEL,
+        "is_causal=mask is None, ",
+        "",
+        "tests/test_model.py",
+    ),
+    Bug(
+        "the model renormalises no weights",
+        "An option that every published config leaves at its default is lost on the way.",
+        MODEL,
+        "            norm_topk_prob=config.norm_topk_prob,\n",
+        "",
+        "tests/test_model.py",
+    ),
+)
