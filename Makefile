@@ -4,7 +4,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test test-gpu planted-bugs bench wheel lint build clean
+.PHONY: demo test test-gpu sanitize registers planted-bugs bench wheel lint build clean
 
 demo: build
 	.venv/bin/flexmore demo $(ARGS)
@@ -18,6 +18,16 @@ test-gpu:
 
 planted-bugs: build
 	$(RUN) tests/planted_bugs.py $(ARGS)
+
+sanitize:
+	PYTHON=$(PYTHON) bash tests/sanitize.sh build/sanitize
+
+# docs/registers.md, by the Triton that torch 2.11 brings; FORCE_CUDA=1 builds for the CUDA half.
+registers: build .deps/triton36
+	PYTHONPATH=.deps/triton36 $(RUN) tests/record_registers.py $(ARGS)
+
+.deps/triton36: .venv/ready
+	$(RUN) -m pip install -q --no-deps --target $@ triton==3.6.0
 
 bench: build
 	$(RUN) -m benchmarks.run --quick

@@ -1,0 +1,112 @@
+"""Tiny cases through every GPU kernel, forward and backward, for compute-sanitizer to watch.
+
+`make sanitize` runs these under memcheck, racecheck, initcheck and synccheck (tests/sanitize.sh).
+Values are for other tests: here they are only finite. That no kernel is left out is checked twice:
+of Triton's on any machine, by what would be launched; of all on a GPU, by what a profiler saw.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from exercise import FAMILIES, Setup
+
+from flexmore_kernels import backend
+
+SOURCES = Path(__file__).parent.parent / "csrc/cuda"
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+ALL = tuple(FAMILIES)
+
+# What a case is for, its size, its ops. Tokens are few but for the plan of more than one block.
+CASES = {
+    "token-major, sums in parts": (Setup((0, 16, 5, 3), 9, BF16, hidden=512, intermediate=48), ALL),
+    "full-size and odd": (
+        Setup((0, "full", 7, (2, 0, "full")), 13, FP32, hidden=37, intermediate=53),
+        ALL,
+    ),
+    "rows, more than 8 experts": (
+        Setup((0, *[4] * 11), 70, FP16, hidden=48, intermediate=32),
+        ALL,
+    ),
+    "plan of several blocks": (
+        Setup((0, 1, 1, 1), 3000, BF16, hidden=16),
+        ("routing", "permutation"),
+    ),
+    "200 experts": (Setup((0, *[1] * 199), 5, FP32, hidden=20), ("routing", "permutation")),
+    "double": (Setup((0, 1, 1), 6, FP64, hidden=10), ("routing", "permutation")),
+    "double, 200 experts": (Setup((0, *[1] * 199), 5, FP64, hidden=7), ("routing", "permutation")),
+}
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """Not here: initcheck can find a read of unwritten memory only where nobody filled it."""
+
+
+def run(case: str, family: str, device: str) -> None:
+    setup, _ = CASES[case]
+    for output in FAMILIES[family](setup._replace(device=device)):
+        assert output.isfinite().all()
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.sanitize
+@pytest.mark.parametrize("name", ("native", "triton"))
+@pytest.mark.parametrize(
+    ("case", "family"), [(case, f) for case, (_, families) in CASES.items() for f in families]
+)
+def test_runs(case, family, name):
+    if name == "native" and "native" not in backend.available(family, "cuda"):
+        pytest.skip("no CUDA kernels for this op here")
+    with backend.use(name):
+        run(case, family, "cuda")
+        torch.cuda.synchronize()
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="launches are not replaced")
+def test_every_triton_kernel_would_be_launched(monkeypatch):
+    pytest.importorskip("triton")
+    from compiling import entry_kernels
+    from triton.runtime.jit import JITFunction
+
+    launched = set()
+    monkeypatch.setattr(JITFunction, "run", lambda self, *_, **__: launched.add(self.__name__))
+    monkeypatch.setattr(backend, "chosen", lambda stem, device: "triton")
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, getattr(torch, name.replace("empty", "zeros")))
+    monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
+    for case, (_, families) in CASES.items():
+        for family in families:
+            run(case, family, "cpu")
+    assert entry_kernels() - launched == set()
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_every_kernel_is_launched():
+    pytest.importorskip("triton")
+    from compiling import entry_kernels
+
+    written = set()
+    if "native" in backend.available("routing", "cuda"):
+        for path in SOURCES.iterdir():
+            written |= set(re.findall(r"__global__[^;{]*?\b(\w+_kernel)\(", path.read_text()))
+        assert written
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for case, (_, families) in CASES.items():
+            for family in families:
+                for name in ("native", "triton"):
+                    with backend.use(name):
+                        run(case, family, "cuda")
+        torch.cuda.synchronize()
+    seen = {event.name for event in profile.events()}
+    if not any("kernel" in name for name in seen):
+        pytest.skip("the profiler sees no kernels here")
+    missed = {n for n in entry_kernels() | written if not any(n in name for name in seen)}
+    assert missed == set()
