@@ -91,18 +91,19 @@ def table(found: Iterable[Compiled]) -> Table:
 
 def violations(found: Table, recorded: Table) -> list[str]:
     """How `found` breaks the budget that `recorded` is, for the targets that were compiled."""
-    targets = {target for row in found.values() for target in row}
+    compiled = {target for row in found.values() for target in row}
     out = []
     for row in sorted(found.keys() | recorded.keys()):
-        for target in sorted(targets):
-            new, old = found.get(row, {}).get(target), recorded.get(row, {}).get(target)
-            name = f"sm_{target} {row[0]} ({row[1]})"
-            if old is None and new is not None:
-                out.append(f"{name}: not in the table; it asks {new}")
-            elif new is None and old is not None:
-                out.append(f"{name}: in the table, but no longer compiled")
-            elif new is not None and (new.spilled > old.spilled or new.blocks < old.blocks):
-                out.append(f"{name}: {new}; the table allows {old}")
+        name = f"{row[0]} ({row[1]})"
+        old, new = recorded.get(row, {}), found.get(row, {})
+        if old.keys() & compiled - new.keys():
+            out.append(f"{name}: in the table, but no longer compiled")
+        for target in sorted(new.keys() & old.keys()):
+            is_, was = new[target], old[target]
+            if is_.spilled > was.spilled or is_.blocks < was.blocks:
+                out.append(f"{name}, sm_{target}: {is_}; the table allows {was}")
+        if new.keys() - old.keys():
+            out.append(f"{name}: not in the table")
     return out
 
 
