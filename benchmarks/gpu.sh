@@ -30,7 +30,7 @@ step environment 60 "$PYTHON" -m flexmore_kernels.cli env || failed=1
 side_by_side=$("$PYTHON" -c 'import os, xdist; print("-n", max(1, os.cpu_count() - 4))' 2>/dev/null)
 step tests 330 "$PYTHON" -m pytest -q -m gpu --durations=10 $side_by_side "${selection[@]}" &
 tests=$!
-step sanitizer 330 bash tests/sanitize.sh "$out/sanitize" || failed=1
+step sanitizer 330 bash tests/sanitize.sh "$out/sanitize" 310 || failed=1
 wait $tests || failed=1
 step demo 60 "$PYTHON" -m flexmore_kernels.cli demo || failed=1
 step benchmarks 200 "$PYTHON" -m benchmarks.run --quick --results "$out/records.jsonl" $commit ||

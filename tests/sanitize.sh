@@ -3,11 +3,12 @@
 # compute-sanitizer, side by side: a few minutes, of which most is Triton compiling what is not in
 # its cache. Without torch's caching allocator, so that each tensor is an allocation with its own
 # bounds. A line a tool on stdout (result, errors, seconds), its log in DIR/TOOL.txt, that of the
-# tests in DIR/TOOL.tests.txt.
-#     bash tests/sanitize.sh DIR
+# tests in DIR/TOOL.tests.txt. A tool is stopped after SECONDS, 450 if not given.
+#     bash tests/sanitize.sh DIR [SECONDS]
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=${1:?usage: tests/sanitize.sh DIR}
+out=${1:?usage: tests/sanitize.sh DIR [SECONDS]}
+limit=${2:-450}
 python=${PYTHON:-python3}
 mkdir -p "$out"
 if ! command -v compute-sanitizer >/dev/null; then
@@ -20,7 +21,7 @@ export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 check() {
     local port=$1 tool=$2 begin=$SECONDS log=$out/$2.txt result=passed errors
     rm -f "$log"
-    timeout -k 10 450 compute-sanitizer --tool "$tool" --port "$port" --launch-timeout 120 \
+    timeout -k 10 "$limit" compute-sanitizer --tool "$tool" --port "$port" --launch-timeout 120 \
         --target-processes application-only --print-limit 20000 --log-file "$log" "${@:3}" \
         "$python" -m pytest -q -p no:cacheprovider -m sanitize tests/test_sanitize.py \
         >"$out/$tool.tests.txt" 2>&1 || result=FAILED
