@@ -76,7 +76,7 @@ def with_backward(
     def both(function: Callable[..., Any]) -> Callable[..., Any]:
         def run(dy: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
             given = list(inputs)
-            # In one thread, so that the choice of kernels, a context variable, holds for both.
+            # In one thread, the one whose launches a graph records.
             one_thread = torch.autograd.grad_mode.set_multithreading_enabled(False)
             with torch.enable_grad(), one_thread:
                 for index in wrt:
