@@ -16,17 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .checks import check_int, check_one_of, check_tensor
+from .checks import SCORINGS, check_int, check_one_of, check_tensor
 from .layer import FlexMoRE
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
           "num_attention_heads")  # fmt: skip
-# What a config.json may say of the parts that exist in one form only; the first is the default.
+# What a config.json may say where only some values are computed; the first is the default.
 _ONLY = {
     "model_type": ("flexmore", "flex_olmo"),
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False, None),
     "sliding_window": (None,),
+    "scoring": SCORINGS,
 }
 
 
@@ -114,8 +115,7 @@ class FlexMoREConfig:
         for name in ("rope_parameters", "rope_scaling"):
             rope = values.get(name) or {}
             kind = rope.get("rope_type", rope.get("type", "default"))
-            if kind != "default":
-                raise ValueError(f"{name}: got rope_type {kind!r}; accepted: 'default'")
+            check_one_of(f"{name}.rope_type", kind, ("default",))
             if "rope_theta" in rope:
                 values = {**values, "rope_theta": rope["rope_theta"]}
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}

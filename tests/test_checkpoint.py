@@ -95,13 +95,16 @@ def test_ranks_come_from_the_tensors(directory):
         assert checkpoint.load_layer(directory, layer).expert_ranks == layout.layer_ranks[layer]
 
 
-def test_rank_above_the_matrix_is_noted(directory):
+def test_config_says_a_rank_above_the_matrix_and_how_to_route(directory):
     config = json.loads((directory / "config.json").read_text())
     config["expert_ranks"][1] = 16384
+    config |= {"scoring": "sigmoid", "norm_topk_prob": True}
     (directory / "config.json").write_text(json.dumps(config))
     layout = read_layout(directory)
     assert layout.layer_ranks == (RANKS, RANKS)
     assert "16384" in layout.notes[0] and "expert 1" in layout.notes[0]
+    layer = checkpoint.load_layer(directory, 0)
+    assert (layer.scoring, layer.norm_topk_prob) == ("sigmoid", True)
 
 
 def test_model_round_trip(directory, tmp_path):

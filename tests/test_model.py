@@ -82,13 +82,14 @@ def test_model_forward_and_backward(ranks, padding, kernels):
         testing.assert_accurate(parameter.grad, wanted, name=name)
 
 
-@pytest.mark.parametrize("norm", [False, True])
-def test_model_hands_its_routing_options_to_every_layer(norm):
-    model = make(torch.float64, norm_topk_prob=norm, num_experts_per_tok=3)
+@pytest.mark.parametrize(("norm", "scoring"), [(False, "softmax"), (True, "sigmoid")])
+def test_model_hands_its_routing_options_to_every_layer(norm, scoring):
+    options = {"norm_topk_prob": norm, "scoring": scoring, "num_experts_per_tok": 3}
+    model = make(torch.float64, **options)
     ids = torch.randint(50, (2, 7))
     testing.assert_accurate(model(ids), twin(model)(ids).detach())
-    options = {(b.mlp.norm_topk_prob, b.mlp.top_k) for b in model.model.layers}
-    assert options == {(norm, 3)}
+    found = {(b.mlp.norm_topk_prob, b.mlp.scoring, b.mlp.top_k) for b in model.model.layers}
+    assert found == {(norm, scoring, 3)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -201,7 +202,8 @@ REFUSED = [
     ({"model_type": "olmoe"}, "model_type: got 'olmoe'"),
     ({"hidden_act": "gelu"}, "hidden_act: got 'gelu'"),
     ({"attention_bias": True}, "attention_bias: got True"),
-    ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling: got rope_type 'yarn'"),
+    ({"scoring": "relu"}, "scoring: got 'relu'; accepted: 'softmax', 'topk_softmax'"),
+    ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling.rope_type: got 'yarn'"),
 ]
 
 
