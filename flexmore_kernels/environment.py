@@ -10,6 +10,7 @@ import importlib.metadata
 import platform
 import shutil
 import subprocess
+import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -166,7 +167,7 @@ def _why_not_others(op: Op, kind: str, name: str, num_experts: int) -> dict[str,
 
 
 def as_text(found: dict[str, Any]) -> str:
-    """A report as plain text, for people and bug reports."""
+    """A report as plain text, for people and bug reports; long lines are wrapped."""
     versions, library = found["versions"], found["library"]
     commit = f", built at commit {versions['commit']}" if versions["commit"] else ""
     cuda = versions["cuda_of_torch"]
@@ -193,7 +194,7 @@ def as_text(found: dict[str, Any]) -> str:
     if not found["gpus"]:
         lines.append(("gpu", "none that torch can use"))
     lines += _library_lines(library)
-    text = [f"{label:<18}{value}".rstrip() for label, value in lines]
+    text = [_wrapped(f"{label:<18}{value}", 18) for label, value in lines]
     for kind, rows in found["kernels"].items():
         text += ["", *_kernel_lines(kind, rows)]
     return "\n".join(text)
@@ -234,6 +235,13 @@ def _kernel_lines(kind: str, rows: list[dict[str, Any]]) -> list[str]:
         for name, reason in row["not"].items():
             number = notes.setdefault(f"not {name}: {reason}", len(notes) + 1)
             marks.append(f"[{number}]")
-        line = f"  {row['op']:<32}{row['kernels']:<8}{' '.join(marks):<10}"
-        lines.append((line + (f"inside it {parts}" if parts else "")).rstrip())
-    return lines + [f"  [{number}] {reason}" for reason, number in notes.items()]
+        lines.append(f"  {row['op']:<36}{row['kernels']:<8}{' '.join(marks)}")
+        if parts:
+            lines.append(f"    inside it {parts}")
+    return lines + [_wrapped(f"  [{n}] {reason}", 6) for reason, n in notes.items()]
+
+
+def _wrapped(line: str, indent: int) -> str:
+    return textwrap.fill(
+        line, 110, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    )
