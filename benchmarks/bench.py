@@ -32,7 +32,8 @@ class Price(NamedTuple):
     """An op on inputs: function(*inputs), what it must equal, what it must move and compute.
 
     truth: the reference's function, for inputs in any float dtype. part: what of the results is
-    compared. plain: the same in plain PyTorch, timed beside ours.
+    compared. plain: the same in plain PyTorch, timed beside ours. same: whose error in the inputs'
+    dtype is allowed twice; the truth's, if not given.
     """
 
     op: str
@@ -45,6 +46,7 @@ class Price(NamedTuple):
     plain: Callable[..., Any] | None = None
     part: Callable[[Any], Any] = lambda result: result
     which: str = "forward"
+    same: Callable[..., Any] | None = None
 
     @property
     def name(self) -> str:
@@ -69,7 +71,12 @@ def routed(shape: Shape, tokens: int, device: str) -> tuple[Tensor, Tensor, Rout
 
 
 def with_backward(
-    forward: Price, wrt: Sequence[int], *, nbytes: float = 0, flops: float = 0
+    forward: Price,
+    wrt: Sequence[int],
+    *,
+    nbytes: float = 0,
+    flops: float = 0,
+    same: Callable[..., Any] | None = None,
 ) -> Price:
     """The price of forward and backward: the gradients of the first result in inputs `wrt`."""
 
@@ -93,7 +100,7 @@ def with_backward(
     return Price(
         forward.op, forward.stem, both(forward.function),
         (torch.randn_like(out), *forward.inputs), both(forward.truth), nbytes, flops,
-        which="forward + backward",
+        which="forward + backward", same=both(same) if same else None,
     )  # fmt: skip
 
 
@@ -172,7 +179,7 @@ def _copies(inputs: tuple, device: str) -> list[tuple]:
 def _check(run: Callable[..., Any], price: Price) -> float:
     """The largest error over what is allowed, of all results that are compared."""
     wide = price.truth(*to_float64(price.inputs))
-    found = (run(*price.inputs), price.truth(*price.inputs), wide)
+    found = (run(*price.inputs), (price.same or price.truth)(*price.inputs), wide)
     parts = zip(*(tensors(price.part(result)) for result in found), strict=True)
     return max(_ratio(*part) for part in parts)
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import reference
+from benchmarks.bench_gated_mix import plain_mix
 from flexmore_kernels import backend, ops
 from flexmore_kernels.ragged import packed_size
 from flexmore_kernels.testing import (
@@ -70,16 +71,6 @@ def grads(function, plan, ranks, inputs, dmixed, drows):
     return *(o.detach() for o in out), *torch.autograd.grad(
         out, list(leaves.values()), (dmixed, drows)
     )
-
-
-def plain_mix(gate, up, weights, plan, z_gate, b_gate, ranks_gate, z_up, b_up, ranks_up):
-    """The op in plain PyTorch, every step stored in dtype. The twin rounds once, at the end; but
-    gradients go through pre-activations and their gradients, which the kernels store in dtype.
-    """
-    g = reference.permute(gate, plan) + reference.expand(z_gate, b_gate, plan, ranks_gate)
-    u = reference.permute(up, plan) + reference.expand(z_up, b_up, plan, ranks_up)
-    rows = torch.nn.functional.silu(g) * u
-    return reference.unpermute(rows, plan, weights), rows
 
 
 def float64(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
