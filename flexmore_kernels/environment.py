@@ -1,16 +1,20 @@
 """What is here and what runs: the facts of `flexmore env`, made to be pasted into a bug report.
 
 Which kernels run an op is asked of backend.py, by the questions that the ops ask it themselves, so
-that the report cannot disagree with what runs; tests/test_environment.py compares the two.
+that the report cannot disagree with what runs; tests/test_environment.py compares the two. A
+question that cannot be answered leaves the reason in its place, and all the others their answers:
+reports are wanted most from machines where something is broken.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import platform
 import shutil
 import subprocess
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,28 +56,35 @@ EXPERTS_OTHERS = {
 
 def report() -> dict[str, Any]:
     """Everything, as plain dicts, lists, strings and numbers. Makes a CUDA context."""
-    kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    kinds = ["cpu", "cuda"] if _asked(torch.cuda.is_available) is True else ["cpu"]
     return {
         "versions": _versions(),
-        "library": native.build_info() | {"why_not_cuda": native.why_not_cuda_built()},
-        "gpus": _gpus(),
-        "kernels": {kind: kernels(kind) for kind in kinds},
+        "library": _asked(_library),
+        "gpus": _asked(_gpus),
+        "kernels": {kind: _asked(kernels, kind) for kind in kinds},
     }
 
 
+def _asked(question: Callable[..., Any], *given: Any) -> Any:
+    """The answer or, where the question fails, words that say how."""
+    try:
+        return question(*given)
+    except Exception as error:
+        return f"unknown ({type(error).__name__}: {error})"
+
+
 def _versions() -> dict[str, str | None]:
-    facts = native.facts()
     return {
         "flexmore_kernels": _version("flexmore-kernels") or f"{__version__}, not installed",
-        "commit": str(facts.get("commit") or "") or None,
+        "commit": str(native.facts().get("commit") or "") or None,
         "path": str(Path(__file__).parent),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,
         "cuda_of_torch": torch.version.cuda,
-        "driver": _driver(),
+        "driver": _asked(_driver),
         "triton": _version("triton"),
-        "processor": _processor(),
+        "processor": _asked(_processor),
     }
 
 
@@ -84,18 +95,37 @@ def _version(distribution: str) -> str | None:
         return None
 
 
+def _library() -> dict[str, Any]:
+    return native.build_info() | {"why_not_cuda": native.why_not_cuda_built()}
+
+
 def _driver() -> str | None:
     """The NVIDIA driver's version, wherever there is one, and the CUDA that it reaches to."""
-    found = None
-    if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        run = subprocess.run(query, capture_output=True, text=True)
-        if run.returncode == 0 and run.stdout.strip():
-            found = run.stdout.splitlines()[0].strip()
-    if torch.cuda.is_available():
-        version = torch._C._cuda_getDriverVersion()
-        found = f"{found or 'of unknown number'}, up to CUDA {version // 1000}.{version // 10 % 10}"
-    return found
+    number, cuda = _driver_number(), _driver_cuda()
+    return f"{number or 'of unknown number'}, up to CUDA {cuda}" if cuda else number
+
+
+def _driver_number() -> str | None:
+    if not shutil.which("nvidia-smi"):
+        return None
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        run = subprocess.run(query, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    lines = run.stdout.splitlines() if run.returncode == 0 else []
+    return next((line.strip() for line in lines if line.strip()), None)
+
+
+def _driver_cuda() -> str | None:
+    """Asked of the driver itself: torch has no public function for it, and drops private ones."""
+    version = ctypes.c_int()
+    try:
+        error = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    found = 0 if error else version.value
+    return f"{found // 1000}.{found % 1000 // 10}" if found else None
 
 
 def _processor() -> str:
@@ -108,23 +138,21 @@ def _processor() -> str:
 
 
 def _gpus() -> list[dict[str, Any]]:
-    if not torch.cuda.is_available():
-        return []
-    gpus = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        gpus.append(
-            {
-                "index": index,
-                "name": properties.name,
-                "capability": f"{properties.major}.{properties.minor}",
-                "memory_gib": round(properties.total_memory / 2**30, 1),
-                "multiprocessors": properties.multi_processor_count,
-                "shared_memory_per_block_kib": properties.shared_memory_per_block_optin // 1024,
-                "native": native.why_not_cuda(index) or "runs",
-            }
-        )
-    return gpus
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [{"index": index} | _gpu(index) for index in range(count)]
+
+
+def _gpu(index: int) -> dict[str, Any]:
+    facts: dict[str, Callable[[Any], Any]] = {
+        "name": lambda p: p.name,
+        "capability": lambda p: f"{p.major}.{p.minor}",
+        "memory_gib": lambda p: round(p.total_memory / 2**30, 1),
+        "multiprocessors": lambda p: p.multi_processor_count,
+        "shared_memory_per_block_kib": lambda p: p.shared_memory_per_block_optin // 1024,
+    }
+    ask = lambda fact: fact(torch.cuda.get_device_properties(index))
+    found = {name: _asked(ask, fact) for name, fact in facts.items()}
+    return found | {"native": _asked(native.why_not_cuda, index) or "runs"}
 
 
 def kernels(kind: str) -> list[dict[str, Any]]:
@@ -180,7 +208,19 @@ def as_text(found: dict[str, Any]) -> str:
         ("processor", versions["processor"]),
         ("driver", versions["driver"] or "no NVIDIA driver found"),
     ]
-    for gpu in found["gpus"]:
+    lines += _gpu_lines(found["gpus"], library)
+    lines += _library_lines(library)
+    text = [_wrapped(f"{label:<18}{value}", 18) for label, value in lines]
+    for kind, rows in found["kernels"].items():
+        text += ["", *_kernel_lines(kind, rows)]
+    return "\n".join(text)
+
+
+def _gpu_lines(gpus: list[dict[str, Any]] | str, library: dict[str, Any] | str) -> list:
+    if isinstance(gpus, str):
+        return [("gpu", gpus)]
+    lines = []
+    for gpu in gpus:
         lines.append(
             (
                 f"gpu {gpu['index']}",
@@ -189,18 +229,15 @@ def as_text(found: dict[str, Any]) -> str:
                 f"{gpu['shared_memory_per_block_kib']} KiB shared memory a block",
             )
         )
-        if gpu["native"] != "runs" and library["cuda_archs"]:
+        has_cuda = not isinstance(library, str) and library["cuda_archs"]
+        if gpu["native"] != "runs" and has_cuda:
             lines.append(("", f"library: {gpu['native']}"))
-    if not found["gpus"]:
-        lines.append(("gpu", "none that torch can use"))
-    lines += _library_lines(library)
-    text = [_wrapped(f"{label:<18}{value}", 18) for label, value in lines]
-    for kind, rows in found["kernels"].items():
-        text += ["", *_kernel_lines(kind, rows)]
-    return "\n".join(text)
+    return lines or [("gpu", "none that torch can use")]
 
 
-def _library_lines(library: dict[str, Any]) -> list[tuple[str, str]]:
+def _library_lines(library: dict[str, Any] | str) -> list[tuple[str, str]]:
+    if isinstance(library, str):
+        return [("library", library)]
     if not library["loaded"]:
         return [("library", str(library["why_not"]))]
     lines = [("library", "loaded")]
@@ -223,7 +260,9 @@ def _library_lines(library: dict[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
-def _kernel_lines(kind: str, rows: list[dict[str, Any]]) -> list[str]:
+def _kernel_lines(kind: str, rows: list[dict[str, Any]] | str) -> list[str]:
+    if isinstance(rows, str):
+        return [_wrapped(f"kernels on {kind}: {rows}", 6)]
     notes: dict[str, int] = {}
     lines = [f"kernels on {kind}"]
     for row in rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 import threading
 from types import SimpleNamespace
 
@@ -184,16 +185,91 @@ class TestOnAGpu:
             name="NVIDIA Tesla T4", major=7, minor=5, total_memory=16 * 2**30,
             multi_processor_count=40, shared_memory_per_block_optin=64 * 1024,
         )  # fmt: skip
-        for name, value in (("is_available", True), ("device_count", 1)):
-            monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-        monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12040, raising=False)
+        self.cuda(monkeypatch, get_device_properties=lambda index: properties)
+        self.driver(monkeypatch, 12040)
         text = environment.as_text(environment.report())
         assert max(map(len, text.splitlines())) <= 110
         text = " ".join(text.split())
         assert "gpu 0 NVIDIA Tesla T4, compute capability 7.5, 16.0 GiB" in text
         assert "64 KiB shared memory a block" in text and "up to CUDA 12.4" in text
         assert "library: no code in it for sm_75" in text and "kernels on cuda" in text
+
+    def cuda(self, monkeypatch, **functions):
+        """A torch.cuda of one GPU that has no more than is public in torch 2.11."""
+        here = {
+            "is_available": lambda: True,
+            "device_count": lambda: 1,
+            "current_device": lambda: 0,
+        }
+        monkeypatch.setattr(torch, "cuda", SimpleNamespace(**(here | functions)))
+
+    def driver(self, monkeypatch, version, error=0):
+        def answer(at):
+            at._obj.value = version
+            return error
+
+        library = SimpleNamespace(cuDriverGetVersion=answer)
+        monkeypatch.setattr(environment.ctypes, "CDLL", lambda name: library)
+
+    @pytest.mark.parametrize(
+        ("version", "error", "words"), [(13000, 0, "13.0"), (12080, 0, "12.8"), (12080, 3, None)]
+    )
+    def test_the_driver_is_asked_without_torch(self, monkeypatch, version, error, words):
+        self.driver(monkeypatch, version, error)
+        assert environment._driver_cuda() == words
+        monkeypatch.setattr(environment, "_driver_number", lambda: "580.95.05")
+        cuda = f", up to CUDA {words}" if words else ""
+        assert environment._driver() == f"580.95.05{cuda}"
+
+    def test_a_machine_without_the_driver(self, monkeypatch):
+        def absent(name):
+            raise OSError(f"{name}: cannot open shared object file")
+
+        monkeypatch.setattr(environment.ctypes, "CDLL", absent)
+        monkeypatch.setattr(environment.shutil, "which", lambda name: None)
+        assert environment._driver() is None
+
+    def test_a_hung_nvidia_smi(self, monkeypatch):
+        def hang(command, timeout, **options):
+            raise subprocess.TimeoutExpired(command, timeout)
+
+        monkeypatch.setattr(environment.shutil, "which", lambda name: name)
+        monkeypatch.setattr(environment.subprocess, "run", hang)
+        assert environment._driver_number() is None
+
+    def test_what_torch_lacks_costs_its_own_line_only(self, machine, monkeypatch):
+        machine()
+        old = SimpleNamespace(name="NVIDIA X", major=9, minor=0, total_memory=2**30)
+        self.cuda(monkeypatch, get_device_properties=lambda index: old)
+        (gpu,) = environment.report()["gpus"]
+        assert gpu["name"] == "NVIDIA X" and gpu["memory_gib"] == 1.0
+        assert gpu["multiprocessors"].startswith("unknown (AttributeError: ")
+
+    @pytest.mark.parametrize(
+        ("module", "function", "section"),
+        [
+            (environment, "_driver", "driver"),
+            (environment, "_processor", "processor"),
+            (environment, "_gpus", "gpu"),
+            (environment, "_library", "library"),
+            (environment, "kernels", "kernels on cpu:"),
+            (native, "build_info", "library"),
+            (native, "why_not_cuda", "library:"),
+            (backend, "why_not", "kernels on cuda:"),
+        ],
+    )
+    def test_one_failure_leaves_the_rest(self, machine, monkeypatch, module, function, section):
+        machine()
+
+        def fail(*given):
+            raise RuntimeError("it broke")
+
+        self.cuda(monkeypatch, get_device_properties=lambda index: torch._C._no_such_thing())
+        monkeypatch.setattr(module, function, fail)
+        found = environment.report()
+        text = environment.as_text(json.loads(json.dumps(found)))
+        assert f"{section} unknown (RuntimeError: it broke)" in " ".join(text.split())
+        assert f"torch             {torch.__version__}" in text and "kernels on cuda" in text
 
 
 def test_text_and_json_say_the_same(capsys):
