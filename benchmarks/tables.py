@@ -1,7 +1,7 @@
-"""README's tables and figure of times, from the records: the last one of each key.
+"""Tables and the figure of times, from the records: the last one of each key.
 
-python -m benchmarks.tables            # print the tables
-python -m benchmarks.tables --write    # put them into README.md, and the figure beside the records
+python -m benchmarks.tables            # print all tables
+python -m benchmarks.tables --write    # README.md's part, and all with the figure in results/
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from benchmarks.shapes import SHAPES
 
 README = records.ROOT.parent / "README.md"
 FIGURE = records.RESULTS / "layer.svg"
+PAGE = records.RESULTS / "README.md"
 BEGIN, END = "<!-- times: begin -->", "<!-- times: end -->"
 COLUMNS = {
     "ours, layer": "ours, with its router",
@@ -27,6 +28,11 @@ COLUMNS = {
     "Hugging Face grouped_mm": "Hugging Face grouped_mm",
     "torch grouped_mm": "torch grouped_mm",
 }
+
+
+IN_README = ("small", "flexolmo_6x64", "flexolmo_6x16", "flexolmo_mixed", "flexolmo_large",
+             "flexolmo_full", "experts_512")  # fmt: skip
+"""The shapes whose rows README shows, each on the device that it is for; results/ has all."""
 
 
 def layer_row(record: dict[str, Any]) -> str:
@@ -68,7 +74,9 @@ def ops(found: Sequence[dict[str, Any]]) -> str:
                     (result.get("share_of_matmul"), "matmul"),
                 ]
                 share, roof = max((s, r) for s, r in shares if s)
-                cells.append(f"{kernels} {result['ms'] * 1e3:.4g} us ({share:.0%} of {roof})")
+                ms = result["ms"]
+                time = f"{ms:.3g} ms" if ms >= 1 else f"{ms * 1e3:.4g} us"
+                cells.append(f"{kernels} {time} ({share:.0%} of {roof})")
         lines.append(
             f"| `{record['op']}`, {record['pass']} | `{record['shape']}`, T = {record['tokens']} | "
             f"{'; '.join(cells)} | {record['device']}, {record['commit']} |"
@@ -83,8 +91,23 @@ def block(found: Sequence[dict[str, Any]]) -> str:
     image = (
         f"![time over the number of tokens]({FIGURE.relative_to(README.parent)})" if swept else ""
     )
-    parts = (image, layers(found), ops(found))
-    return "\n\n".join(part for part in parts if part)
+    shown = [
+        record
+        for record in found
+        if record["shape"] in IN_README
+        and (record["shape"] == "small") == (record["driver"] is None)
+    ]
+    return "\n\n".join(part for part in (image, layers(shown)) if part)
+
+
+def page(found: Sequence[dict[str, Any]]) -> str:
+    """The page beside the records: all layers, all ops."""
+    head = (
+        "# Times\n\nMade from the records in this folder by `python -m benchmarks.tables --write`; "
+        "../README.md says\nhow they are taken. Layers are in multiples of one dense FFN of the "
+        "base's size, of the same run."
+    )
+    return "\n\n".join(part for part in (head, layers(found), ops(found)) if part) + "\n"
 
 
 def write(path: Path, text: str) -> None:
@@ -98,15 +121,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--write", action="store_true", help="into README.md and the figure")
+    parser.add_argument("--write", action="store_true", help="into README.md and results/")
     given = parser.parse_args()
     found = records.latest()
     if not given.write:
-        print(block(found))
+        print(page(found))
         return 0
     before, _, rest = README.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     write(README, f"{before}{BEGIN}\n{block(found)}\n{END}{after}")
+    write(PAGE, page(found))
     swept = figure.sweep(found)
     if swept:
         write(FIGURE, figure.svg(swept))

@@ -54,6 +54,7 @@ def test_readme_says_what_the_records_say():
     _, _, rest = tables.README.read_text().partition(tables.BEGIN)
     found = records.latest()
     assert rest.partition(tables.END)[0].strip() == tables.block(found).strip()
+    assert tables.PAGE.read_text() == tables.page(found)
     swept = figure.sweep(found)
     assert tables.FIGURE.exists() == bool(swept)
     assert not swept or tables.FIGURE.read_text() == figure.svg(swept)
