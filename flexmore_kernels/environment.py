@@ -161,8 +161,8 @@ def kernels(kind: str) -> list[dict[str, Any]]:
     for op in OPS:
         preference = backend.ON_GPU.get(op.function)
         sizes = [("", 1)]
-        if kind == "cuda" and preference is not None and preference.above:
-            limit = preference.above
+        if kind == "cuda" and preference is not None:
+            limit = preference.up_to
             sizes = [(f", E up to {limit}", limit), (f", E > {limit}", limit + 1)]
         for suffix, num_experts in sizes:
             name = backend.selected(op.stem, kind, op.function, num_experts)
