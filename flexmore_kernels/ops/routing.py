@@ -1,6 +1,6 @@
 """Routing: which experts a token goes to, with which weight, and where its rows go.
 
-Kernels: the compiled library where it is there, but on a GPU Triton for topk_route from x of up to 64
+Kernels: the compiled library where it is there, but on a GPU Triton for topk_route from x with few
 experts; without the library, Triton on a GPU and aten on a CPU.
 Cost: topk_route reads x once (T*D) and the router (E*D); from logits it moves T*(E + 2K) numbers.
 make_plan reads N = T*K ids and writes about 3N + T*(E + 1) int32. Maths: reference/routing.py.
