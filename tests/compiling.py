@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction
 from flexmore_kernels import backend
 from flexmore_kernels._triton import tiles
 
-BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 EQUAL = (0, *[64] * 6)
 MIXED = (0, 16, 32, 8, 64, "full", (16, 0, "full"))
 ALL = tuple(FAMILIES)
@@ -58,7 +58,6 @@ CALLS = {
     "fp32, equal ranks": Call(Setup(EQUAL, 4096, FP32), ("routing", "experts")),
     "fp32, mixed": Call(Setup(MIXED, 1024, FP32)),
     "fp32, TF32 allowed": Call(Setup(MIXED, 1024, FP32), tf32=True),
-    "fp64, mixed": Call(Setup(MIXED, 64, FP64)),
 }
 WIDE = ("size", "plane_size")  # of all integers that kernels are given, these can pass 2^31
 
