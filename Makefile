@@ -59,7 +59,7 @@ build: .venv/built
 	then echo "$$host" > $$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/host.pth; \
 	    $(RUN) -m pip uninstall -q -y setuptools; \
 	else $(RUN) -m pip install torch==2.13.0; fi
-	$(RUN) -m pip install 'setuptools>=77' cmake ninja numpy safetensors \
+	$(RUN) -m pip install 'setuptools>=77' cmake ninja 'pybind11>=3' numpy safetensors \
 	    'pytest>=8' 'pytest-benchmark>=5' 'hypothesis>=6' 'triton>=3.6'
 	touch $@
 

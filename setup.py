@@ -9,6 +9,10 @@ Metadata is in pyproject.toml. Options, as users of torch extensions know them:
 torch is not imported, and no second torch is downloaded into pip's isolated build environment: the
 one of the target environment is found by path, and its version is read as text. What was decided
 and built goes into `flexmore_kernels/_build.json`, for `flexmore env`.
+
+The library fits every Python from 3.10 on. Beside it the small module `_host` is built, where there
+are pybind11's headers, which fits the one that built it: a wheel that is made to fit them all
+(`bdist_wheel --py-limited-api cp310`, as `make wheel` does) leaves it out.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 MIN_TORCH = (2, 11)
+HOST = "flexmore_kernels._host"
 
 
 def say(message: str) -> None:
@@ -138,6 +143,15 @@ def why_no_library() -> str | None:
     return None
 
 
+def pybind11_include() -> str:
+    """pybind11's headers, its package's or else the copy in torch; "" if there are none."""
+    spec = importlib.util.find_spec("pybind11")
+    packages = [Path(spec.origin).parent] if spec is not None and spec.origin else []
+    packages += [folder / "pybind11" for folder in site_folders()] + [find_torch()]
+    folders = [package / "include" for package in packages if package is not None]
+    return next((str(f) for f in folders if (f / "pybind11/pybind11.h").is_file()), "")
+
+
 def git_commit() -> str:
     """The commit of the sources: git's word for it or, in a source distribution, the one noted."""
     if (ROOT / "COMMIT").is_file():
@@ -177,8 +191,19 @@ def reusable(build: Path, ninja: str | None) -> bool:
     return all(map(os.path.exists, tools)) and (ninja is None or tools[1] == ninja)
 
 
+def remove_host(package: Path) -> None:
+    """Removes `_host` of an earlier build, which does not know of this one."""
+    for module in package.glob("_host.*.so"):
+        module.unlink()
+
+
 class CMakeBuild(build_ext):
     """One CMake run builds every extension."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.distribution.get_option_dict("bdist_wheel").get("py_limited_api"):
+            self.extensions = [e for e in self.extensions if e.name != HOST]
 
     def build_extensions(self) -> None:
         torch = find_torch()
@@ -186,6 +211,7 @@ class CMakeBuild(build_ext):
         nvcc = find_nvcc()
         no_cuda = why_no_cuda(nvcc, torch_cuda)
         with_cuda = no_cuda is None
+        with_host = HOST in {extension.name for extension in self.extensions}
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         output = Path(self.get_ext_fullpath("flexmore_kernels._C")).resolve().parent
         build = Path(self.build_temp).resolve() / "cmake"
@@ -196,6 +222,10 @@ class CMakeBuild(build_ext):
             "WITH_CUDA": "ON" if with_cuda else "OFF",
             "NVCC_THREADS": max(1, jobs // 2),
             "CMAKE_CUDA_ARCHITECTURES": cuda_architectures(),
+            "PYBIND11_INCLUDE": pybind11_include() if with_host else "",
+            "HOST_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX") if with_host else "",
+            "TORCH_VERSION": version,
+            "GIT_COMMIT": git_commit(),
         }
         if with_cuda:
             options["CMAKE_CUDA_COMPILER"] = nvcc
@@ -220,8 +250,11 @@ class CMakeBuild(build_ext):
         facts = (line.partition("=") for line in (build / "facts.txt").read_text().splitlines())
         built = {name: value for name, _, value in facts}
         write_facts(output, why_no_library=None, why_no_cuda=no_cuda, **built)
+        if not with_host:
+            remove_host(output)
 
     def copy_extensions_to_source(self) -> None:
+        remove_host(ROOT / "flexmore_kernels")
         super().copy_extensions_to_source()
         shutil.copy(Path(self.build_lib, "flexmore_kernels/_build.json"), ROOT / "flexmore_kernels")
 
@@ -236,6 +269,7 @@ class Build(build_py):
         if missing is not None:
             if not in_place:  # of an earlier build, with a compiler
                 (package / "_C.abi3.so").unlink(missing_ok=True)
+                remove_host(package)
             write_facts(package, why_no_library=missing, why_no_cuda=missing)
 
 
@@ -251,12 +285,15 @@ missing = why_no_library()
 if __name__ == "__main__":
     if missing is not None:
         say(f"WITHOUT the compiled library: {missing}. Python and Triton kernels are installed.")
-    library = [Extension("flexmore_kernels._C", sources=[], py_limited_api=True)]
+    extensions = [Extension("flexmore_kernels._C", sources=[], py_limited_api=True)]
+    if pybind11_include():
+        extensions.append(Extension(HOST, sources=[]))
+    every_python = {"bdist_wheel": {"py_limited_api": "cp310"}} if len(extensions) == 1 else {}
     setup(
         packages=[*find_packages(include=["flexmore_kernels*"]), "flexmore_kernels.reference"],
         package_dir={"flexmore_kernels.reference": "reference"},
         package_data={"flexmore_kernels": ["py.typed"]},
-        ext_modules=library if missing is None else [],
+        ext_modules=extensions if missing is None else [],
         cmdclass={"build_ext": CMakeBuild, "build_py": Build, "sdist": SourceDistribution},
-        options={"bdist_wheel": {"py_limited_api": "cp310"}} if missing is None else {},
+        options=every_python if missing is None else {},
     )

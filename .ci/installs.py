@@ -99,6 +99,7 @@ def cpu(install: Install) -> None:
     found = install.environment()
     assert found["versions"]["flexmore_kernels"].endswith("+cpu"), found["versions"]
     assert found["library"]["loaded"] and "FORCE_CUDA=0" in found["library"]["why_no_cuda"]
+    assert not found["library"]["host"], "it fits one Python, the wheel all"
     assert "SlowPathWarning" not in install.says(LAYER)
     assert "PASS" in install.flexmore("demo", "--tokens", "64")
     install.test("native and (plain or triples)", "routing", "permutation", "experts")
@@ -119,9 +120,11 @@ def no_nvcc(install: Install) -> None:
     shutil.rmtree(standin)
     found = install.environment()["library"]
     assert found["loaded"] and found["torch"] == "2.13.0+cu130" and not found["cuda_archs"]
+    assert found["host"]
     assert found["why_no_cuda"] == "no nvcc was found when it was built"
     assert "SlowPathWarning" not in install.says(LAYER)
     install.test("native and plain", "permutation")
+    install.test("", "schedule")
 
 
 def no_compiler(install: Install) -> None:

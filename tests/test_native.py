@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from flexmore_kernels import native
+from flexmore_kernels import environment, native
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no library: {native.why_not()}")
 
@@ -40,9 +41,17 @@ def test_cuda_kernels_need_cuda_in_torch_too():
 
 def test_everything_works_without_the_build_facts(monkeypatch):
     monkeypatch.setattr(native, "facts", dict)
-    assert set(native.build_info()) == {"loaded", "why_not", "vector_width", "cuda_archs"}
+    own = {"loaded", "why_not", "vector_width", "cuda_archs", "host"}
+    assert set(native.build_info()) == own
     monkeypatch.setattr(native, "cuda_archs", str)
     assert "no CUDA kernels" in native.why_not_cuda_built.__wrapped__()
+
+
+def test_everything_works_without_the_host_module(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flexmore_kernels._host", None)  # importing it raises
+    assert native.host() is None and native.available()
+    assert native.build_info()["host"] is False
+    assert "_host: not built" in environment.as_text(environment.report())
 
 
 def _forget():

@@ -132,6 +132,29 @@ def test_unknown_architectures_are_refused(setup, monkeypatch):
         setup.cuda_architectures()
 
 
+def test_the_module_for_one_python_is_left_out_of_wheels_for_all(setup):
+    setuptools = pytest.importorskip("setuptools")
+    options = {"bdist_wheel": {"py_limited_api": ("command line", "cp310")}}
+    for given, wanted in ((options, ["_C"]), ({}, ["_C", "_host"])):
+        modules = [setup.Extension(f"flexmore_kernels.{n}", sources=[]) for n in ("_C", "_host")]
+        distribution = setuptools.Distribution({"ext_modules": modules})
+        distribution.command_options = given
+        command = setup.CMakeBuild(distribution)
+        command.ensure_finalized()
+        assert [e.name.rpartition(".")[2] for e in command.extensions] == wanted
+
+
+def test_headers_of_pybind11_are_found(setup, tmp_path, monkeypatch):
+    monkeypatch.setattr(setup.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(setup, "site_folders", lambda: [tmp_path])
+    monkeypatch.setattr(setup, "find_torch", lambda: None)
+    assert setup.pybind11_include() == ""
+    header = tmp_path / "pybind11/include/pybind11/pybind11.h"
+    header.parent.mkdir(parents=True)
+    header.touch()
+    assert setup.pybind11_include() == str(tmp_path / "pybind11/include")
+
+
 def test_facts_are_noted(setup, tmp_path):
     setup.write_facts(tmp_path / "package", why_no_library="no C++ compiler")
     facts = json.loads((tmp_path / "package/_build.json").read_text())

@@ -13,6 +13,7 @@
 #include <algorithm>
 
 #include "../common.h"
+#include "../schedule.h"
 
 extern "C" __attribute__((weak)) AOTITorchError
 aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
@@ -134,7 +135,6 @@ T* mutable_data(const Tensor& t) {
     return static_cast<T*>(t.mutable_data_ptr());
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // A grid's first dimension; one block a row or a few, so 2^31 - 1 is far from reached.
 inline unsigned grid_size(int64_t blocks) {
     check_int32_range(blocks, "the number of thread blocks");

@@ -18,7 +18,6 @@ namespace {
 // ---- permute: a copy, so elements are just words of 16, 8, 4 or 2 bytes.
 
 constexpr int kWordsPerThread = 2;
-constexpr int kMaxThreads = 256;
 
 // One block per token and per kWordsPerThread * blockDim.x words of it: reads them once, writes
 // them to the rows of the token's slots. Row by row instead, a token comes back once for each of
@@ -49,17 +48,11 @@ __global__ void __launch_bounds__(kMaxThreads)
     }
 }
 
-// Threads per block for rows of `words` accesses: whole warps, no more than the row can use.
-int threads_for(int64_t words) {
-    return static_cast<int>(std::min<int64_t>(kMaxThreads, ceil_div(words, 32) * 32));
-}
-
 template <class Word>
 void launch_permute(const Tensor& x_TD, const Tensor& row_to_slot_N, const Tensor& slot_to_row_TK,
                     int64_t row_bytes, const Tensor& x_ND) {
     const int64_t words = row_bytes / int64_t(sizeof(Word));
-    const int threads = threads_for(ceil_div(words, kWordsPerThread));
-    const int64_t columns = ceil_div(words, int64_t(kWordsPerThread) * threads);
+    const auto [threads, columns] = row_launch(words, kWordsPerThread);
     STD_TORCH_CHECK(columns <= 65535, "rows of ", row_bytes, " bytes are too long");
     const dim3 grid(grid_size(x_TD.size(0)), static_cast<unsigned>(columns));
     permute_kernel<Word><<<grid, threads, 0, current_stream(x_TD)>>>(
@@ -145,8 +138,7 @@ void launch_unpermute(const Tensor& x_ND, const Tensor& slot_to_row_TK,
                       const OptionalTensor& weights_TK, const OptionalTensor& base_TD,
                       const Tensor& y_TD) {
     const int64_t T_ = y_TD.size(0), width = y_TD.size(1);
-    const int threads = threads_for(width / V);
-    const int64_t columns = ceil_div(width / V, threads);
+    const auto [threads, columns] = row_launch(width / V, 1);
     STD_TORCH_CHECK(columns <= 65535, "rows of ", width, " elements are too long");
     const dim3 grid(grid_size(T_), static_cast<unsigned>(columns));
     unpermute_kernel<T, B, V><<<grid, threads, 0, current_stream(x_ND)>>>(

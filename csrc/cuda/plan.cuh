@@ -12,6 +12,7 @@
 //
 // With several chunks, a first launch counts, and each block of the second sums what the chunks
 // before it have counted. All blocks read all counts, from the L2 cache: kMaxCounts bounds them.
+// How many blocks and warps: plan_launch in schedule.h.
 #pragma once
 
 #include <tuple>
@@ -20,13 +21,6 @@
 
 namespace flexmore::cuda {
 namespace {
-
-constexpr int64_t kOneBlockSlots = 4096;
-constexpr int64_t kChunkSlots = 512;  // per block, at least
-constexpr int64_t kMaxChunks = 128;
-constexpr int64_t kMaxCounts = 32768;  // (keys, chunks)
-constexpr int kMaxKeys = 1024;
-constexpr int kMaxSetExperts = 8;
 
 struct Plan {
     const int64_t* indices;
@@ -37,10 +31,8 @@ struct Plan {
     int num_experts, top_k, num_chunks;
     bool by_set;
 
-    __host__ __device__ int num_sets() const { return by_set ? 1 << num_experts : 0; }
-    __host__ __device__ int max_keys() const {
-        return num_experts > num_sets() ? num_experts : num_sets();
-    }
+    __device__ int num_sets() const { return cuda::num_sets(num_experts, by_set); }
+    __device__ int max_keys() const { return cuda::max_keys(num_experts, by_set); }
     // The slot's expert, or -1 for an empty slot.
     __device__ __forceinline__ int expert(int64_t slot) const {
         const int64_t e = indices[slot];
@@ -139,11 +131,6 @@ __device__ void scan_totals(int num_keys, int32_t* starts) {
         if (lane == 0) starts[num_keys] = running;
     }
     __syncthreads();
-}
-
-// How many threads share the sum over the chunks of one key.
-__host__ __device__ __forceinline__ int threads_per_key(int threads, int num_keys) {
-    return threads > num_keys ? threads / num_keys : 1;
 }
 
 // starts[key] = where this block's first entry of the key goes; starts[num_keys] = the number of
@@ -292,29 +279,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> make_plan(Tensor indices_TK, 
     p.num_experts = static_cast<int>(E);
     p.top_k = static_cast<int>(K);
     p.by_set = by_set;
-    const int keys = p.max_keys();
-    const bool one_block = N <= kOneBlockSlots;
-    // A counter per warp and key: at most 32 KB of shared memory.
-    const int warps = keys > 256 ? 8 : one_block ? 32 : 16;
-    const int parts = one_block ? 0 : threads_per_key(32 * warps, keys);
-    const size_t shared = sizeof(int32_t) * (size_t(warps) * keys + keys + 1 + 2 * parts * keys);
+    const PlanLaunch launch = plan_launch(T, K, p.num_experts, by_set);
+    p.chunk_tokens = launch.chunk_tokens;
+    p.num_chunks = launch.num_chunks;
+    const int threads = 32 * launch.warps;
+    const size_t shared = static_cast<size_t>(launch.shared_bytes);
 
-    if (one_block) {
-        p.chunk_tokens = T;
-        p.num_chunks = 1;
-        plan_write_kernel<true><<<1, 32 * warps, shared, stream>>>(p);
+    if (launch.one_block) {
+        plan_write_kernel<true><<<1, threads, shared, stream>>>(p);
         check_launch("make_plan");
     } else {
-        const int64_t counted = E + p.num_sets();
-        const int64_t max_chunks = std::min(kMaxChunks, kMaxCounts / counted);
-        p.chunk_tokens = std::max(ceil_div(T, max_chunks), ceil_div(kChunkSlots, K));
-        p.num_chunks = static_cast<int>(ceil_div(T, p.chunk_tokens));
-        Tensor workspace = ints({counted * p.num_chunks});
+        Tensor workspace = ints({launch.counts});
         p.expert_counts = mutable_data<int32_t>(workspace);
         p.set_counts = p.expert_counts + E * p.num_chunks;
-        plan_count_kernel<<<p.num_chunks, 32 * warps, shared, stream>>>(p);
+        plan_count_kernel<<<p.num_chunks, threads, shared, stream>>>(p);
         check_launch("make_plan: count");
-        plan_write_kernel<false><<<p.num_chunks, 32 * warps, shared, stream>>>(p);
+        plan_write_kernel<false><<<p.num_chunks, threads, shared, stream>>>(p);
         check_launch("make_plan: write");
     }
     return {row_to_slot_N, slot_to_row_TK, row_offsets_E1, token_order_T, expert_to_row_TE};

@@ -46,4 +46,12 @@ BUGS = (
         "",
         "tests/test_gated_mix.py",
     ),
+    Bug(
+        "more chunks than a plan may have",
+        "T / 128 rounds down; 16384 tokens, and every power of two, are cut right.",
+        "csrc/schedule.h",
+        "std::max(ceil_div(tokens, max_chunks), ceil_div(kChunkSlots, top_k))",
+        "std::max(tokens / max_chunks, ceil_div(kChunkSlots, top_k))",
+        "tests/test_schedule.py",
+    ),
 )

@@ -1,0 +1,71 @@
+// flexmore_kernels._host: the launch arithmetic of schedule.h and the facts of the build, for tests
+// and bug reports. Without torch. Nothing needs this module, which (unlike _C) fits one Python
+// version; the wheels leave it out.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "schedule.h"
+
+namespace py = pybind11;
+using namespace flexmore::cuda;
+
+namespace {
+
+void check_range(const char* name, int64_t value, int64_t least, int64_t most) {
+    if (value >= least && value <= most) return;
+    throw py::value_error(std::string(name) + ": got " + std::to_string(value) +
+                          "; accepted: " + std::to_string(least) + " to " + std::to_string(most));
+}
+
+py::dict plan(int64_t tokens, int64_t top_k, int64_t num_experts, bool by_set) {
+    check_range("top_k", top_k, 1, INT32_MAX);
+    check_range("tokens", tokens, 0, INT32_MAX / top_k);
+    check_range("num_experts", num_experts, 1, by_set ? kMaxSetExperts : kMaxKeys);
+    const PlanLaunch launch = plan_launch(tokens, top_k, static_cast<int>(num_experts), by_set);
+    py::dict found;
+    found["one_block"] = launch.one_block;
+    found["chunk_tokens"] = launch.chunk_tokens;
+    found["num_chunks"] = launch.num_chunks;
+    found["warps"] = launch.warps;
+    found["shared_bytes"] = launch.shared_bytes;
+    found["counts"] = launch.counts;
+    return found;
+}
+
+py::dict row(int64_t words, int64_t per_thread) {
+    check_range("words", words, 1, int64_t(1) << 48);
+    check_range("per_thread", per_thread, 1, 1 << 10);
+    const RowLaunch launch = row_launch(words, per_thread);
+    py::dict found;
+    found["threads"] = launch.threads;
+    found["columns"] = launch.columns;
+    return found;
+}
+
+py::dict build_info() {
+    py::dict info;
+    info["compiler"] = FM_COMPILER;
+    info["flags"] = FM_FLAGS;
+    info["nvcc"] = FM_NVCC;
+    info["vector_widths"] = FM_WIDTHS;
+    info["torch"] = FM_TORCH;
+    info["commit"] = FM_COMMIT;
+    return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_host, m) {
+    m.doc() = "How CUDA kernels are launched, and how the library was built.";
+    m.def("plan_launch", &plan, py::arg("tokens"), py::arg("top_k"), py::arg("num_experts"),
+          py::arg("by_set"),
+          "How make_plan is launched on CUDA, a dict: one_block, chunk_tokens, num_chunks, warps, "
+          "shared_bytes (of a block), counts (int32 numbers of workspace). ValueError for what "
+          "make_plan refuses.");
+    m.def("row_launch", &row, py::arg("words"), py::arg("per_thread"),
+          "How permute and unpermute are launched on CUDA for rows of so many accesses, a dict: "
+          "threads of a block, columns (blocks a row).");
+    m.def("build_info", &build_info,
+          "compiler, flags, nvcc, vector_widths, torch (built against), commit: all strings.");
+}

@@ -1,0 +1,88 @@
+// How the CUDA kernels are cut into blocks: plain arithmetic, without CUDA or torch, so that
+// tests/test_schedule.py can check it for any size without a GPU (host.cpp hands it to Python).
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define FM_HOST_DEVICE __host__ __device__ inline
+#else
+#define FM_HOST_DEVICE inline
+#endif
+
+namespace flexmore::cuda {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---- the plan (plan.cuh): slots are sorted by expert, tokens by expert set if by_set.
+
+constexpr int64_t kOneBlockSlots = 4096;
+constexpr int64_t kChunkSlots = 512;  // per block, at least
+constexpr int64_t kMaxChunks = 128;
+constexpr int64_t kMaxCounts = 32768;  // (keys, chunks)
+constexpr int kMaxKeys = 1024;
+constexpr int kMaxSetExperts = 8;
+
+// By reference: a kernel then reads num_experts from its parameters only where it needs it.
+FM_HOST_DEVICE int num_sets(const int& num_experts, const bool& by_set) {
+    return by_set ? 1 << num_experts : 0;
+}
+FM_HOST_DEVICE int max_keys(const int& num_experts, const bool& by_set) {
+    return num_experts > num_sets(num_experts, by_set) ? num_experts
+                                                       : num_sets(num_experts, by_set);
+}
+// How many threads share the sum over the chunks of one key.
+FM_HOST_DEVICE int threads_per_key(int threads, int num_keys) {
+    return threads > num_keys ? threads / num_keys : 1;
+}
+
+struct PlanLaunch {
+    bool one_block;        // one launch of one block; else one that counts and one that writes
+    int64_t chunk_tokens;  // of a block; the last one's may be fewer
+    int num_chunks;        // blocks
+    int warps;             // of a block
+    int64_t shared_bytes;  // of a block
+    int64_t counts;        // int32 numbers of workspace: (keys, chunks)
+};
+
+// top_k >= 1; 1 <= num_experts <= kMaxKeys, and <= kMaxSetExperts if by_set.
+inline PlanLaunch plan_launch(int64_t tokens, int64_t top_k, int num_experts, bool by_set) {
+    const int keys = max_keys(num_experts, by_set);
+    PlanLaunch launch{};
+    launch.one_block = tokens * top_k <= kOneBlockSlots;
+    // A counter per warp and key: at most 32 KB of shared memory.
+    launch.warps = keys > 256 ? 8 : launch.one_block ? 32 : 16;
+    const int parts = launch.one_block ? 0 : threads_per_key(32 * launch.warps, keys);
+    launch.shared_bytes =
+        int64_t(sizeof(int32_t)) * (int64_t(launch.warps) * keys + keys + 1 + 2 * parts * keys);
+    if (launch.one_block) {
+        launch.chunk_tokens = tokens;
+        launch.num_chunks = 1;
+        return launch;
+    }
+    const int64_t counted = num_experts + num_sets(num_experts, by_set);
+    const int64_t max_chunks = std::min(kMaxChunks, kMaxCounts / counted);
+    launch.chunk_tokens = std::max(ceil_div(tokens, max_chunks), ceil_div(kChunkSlots, top_k));
+    launch.num_chunks = static_cast<int>(ceil_div(tokens, launch.chunk_tokens));
+    launch.counts = counted * launch.num_chunks;
+    return launch;
+}
+
+// ---- permute and unpermute (permutation.cu): a block moves a part of one token's row.
+
+constexpr int kMaxThreads = 256;
+
+struct RowLaunch {
+    int threads;      // of a block: whole warps, no more than the row can use
+    int64_t columns;  // blocks side by side that a row takes
+};
+
+// words >= 1: accesses that a row takes; per_thread: those of one thread.
+inline RowLaunch row_launch(int64_t words, int64_t per_thread) {
+    const int64_t wanted = ceil_div(ceil_div(words, per_thread), 32) * 32;
+    const int threads = static_cast<int>(std::min<int64_t>(kMaxThreads, wanted));
+    return {threads, ceil_div(words, per_thread * threads)};
+}
+
+}  // namespace flexmore::cuda
