@@ -199,13 +199,14 @@ def test_experts_stacked_factors(case, device, kernels):
     check(draw, roles=in_order)
 
 
-def test_experts_int32_ids_and_strides(device, kernels):
-    x, indices, weights, *sides = make(CASES[3], device, torch.float64)
+@pytest.mark.parametrize("case", [CASES[3], SMALL], ids=lambda c: c.name)
+def test_experts_int32_ids_and_strides(case, device, kernels):
+    x, indices, weights, *sides = make(case, device, torch.float64)
     wide = torch.randn(x.shape[0], 2 * x.shape[1], dtype=x.dtype, device=device)
     expected = ops.experts(wide[:, ::2].contiguous(), indices, weights, *sides)
     testing.assert_same(ops.experts(wide[:, ::2], indices.int(), weights, *sides), expected)
     strided = [
-        [e if isinstance(e, torch.Tensor) else (e[0].T.contiguous().T, e[1]) for e in side]
+        [(e[0].T.contiguous().T, e[1]) if isinstance(e, tuple) else e for e in side]
         for side in sides
     ]
     testing.assert_accurate(ops.experts(wide[:, ::2], indices, weights, *strided), expected)

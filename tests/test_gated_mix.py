@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import skip_interpreted, some_plan
+from common import skip_interpreted, skip_narrow, some_plan
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -125,6 +125,22 @@ def test_the_bare_base_is_swiglu(device, kernels):
     torch.testing.assert_close(rows, ops.permute(h, plan))
     weights = inputs["weights"].masked_fill(plan.slot_to_row < 0, 0)
     torch.testing.assert_close(mixed, h * weights.sum(1, keepdim=True))
+
+
+def test_base_and_delta_that_cancel(device, kernels):
+    """Added before they are rounded: a delta that is rounded by itself would leave nothing."""
+    dtype, ranks = torch.bfloat16, (3, 0, 16, 5)
+    skip_narrow(kernels, device, dtype)
+    plan = some_plan(device, 40, 4, 1)
+    inputs = make_inputs(plan, (ranks, ranks), 24, device, dtype)
+    factors = (inputs[name].double() for name in ("z_gate", "b_gate"))
+    delta = reference.unpermute(reference.expand(*factors, plan, ranks), plan)
+    inputs["gate"] = -delta.to(dtype)
+    options = {"plan": plan, "ranks_gate": ranks, "ranks_up": ranks}
+    truth = reference.gated_mix(**options, **float64(inputs))
+    same = reference.gated_mix(**options, **inputs)
+    for columns in zip(ops.gated_mix(**options, **inputs), truth, same, strict=True):
+        assert_accurate(*columns)
 
 
 @pytest.mark.parametrize("bad", (float("inf"), float("nan")), ids=str)
