@@ -106,6 +106,18 @@ def test_unpermute_onto_a_base(dtype, device, kernels):
         assert_same(out + 0.0, truth.to(dtype) + 0.0)
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_sums_are_kept_in_the_accumulator(dtype, device, kernels):
+    """A row so large that x's dtype would lose the ones that are added before it is taken off."""
+    skip_narrow(kernels, device, dtype)
+    K, large = 8, 4 / torch.finfo(dtype).eps
+    plan = ops.make_plan(torch.arange(K, device=device).expand(5, K).contiguous(), K)
+    x = torch.ones(5 * K, 9, device=device, dtype=dtype)
+    x[plan.slot_to_row[:, 0].long()] = large
+    x[plan.slot_to_row[:, K - 1].long()] = -large
+    assert_same(ops.unpermute(x, plan), torch.full_like(x[:5], K - 2))
+
+
 def test_sums_are_in_the_order_of_slots(device, kernels):
     """2^30 - 2^30 + 1 is 1 in this order alone; the second token's slots are not in rows' order."""
     plan = ops.make_plan(torch.tensor([[0, 1, 2], [2, 1, 0]], device=device), 3)
