@@ -9,8 +9,8 @@ than gathering the chosen rows. Three kernels replace gated_mix, expand and unpe
   and B for the next experts run while this one's sigmoid does; no load waits for another. Rows of s
   are found by token, the same for every expert, where a packed z is gathered once an expert.
 - `weighted`: s_down (T, R) = p_e A_d,e h_e from the packed z, zero for experts not chosen.
-- `add_expanded`: y = base + s_down B_d^T, in one accumulator; B_d must be finite, since the zeros of
-  s_down meet all of it.
+- `add_expanded`: y = base + s_down B_d^T, in one accumulator; B_d must be finite, since the zeros
+  of s_down meet all of it.
 
 Floors at T=16384, F=11008, 5 of 7 experts, six of rank 64, bf16, on an H100: `mix` as in
 gated_mix.py: 0.85 ms of memory, 0.25 ms of tensor cores, 0.49 ms of special functions.
