@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 
 from . import ops  # noqa: F401  (defines what is registered here)
-from .projection import Projection, unflatten
+from .projection import unflatten
 
 _COUNTER = "torch.utils.flop_counter"
 _Shape = Sequence[int]
@@ -92,7 +92,7 @@ def _experts_backward(
     per_expert = [0] * (len(layout) // len(stacked))
     for index, side in enumerate(sides):
         need_in = need_hidden if index == 2 else need_x
-        pairs = _pairs(side)
+        pairs = side.need_pairs()
         for e, kind in enumerate(side.layout):
             if e and side.full[e] is not None:
                 per_expert[e] += 2 * hidden * width * (int(need_in) + int(side.full[e]))
@@ -107,14 +107,6 @@ def _factor_widths(index, hidden, width, need_in, need_a, need_b) -> int:
     through_b = outer * int(need_in or need_a)  # b^T dy, the gradient of a x
     through_a = inner * int(need_in)
     return through_b + through_a + inner * int(need_a) + outer * int(need_b)
-
-
-def _pairs(side: Projection) -> list:
-    """Each expert's (a, b) of a projection of booleans; all have the stack's when stacked."""
-    if side.stacked:
-        return [side.factors[0]] * len(side.layout)
-    pairs = iter(side.factors)
-    return [next(pairs) if rank else None for rank in side.ranks]
 
 
 def _dearest(per_expert: Sequence[int], top_k: int) -> int:

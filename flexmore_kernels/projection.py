@@ -73,6 +73,10 @@ class Projection(NamedTuple):
             for start, rank in zip(offsets, self.ranks, strict=False)
         ]
 
+    def need_pairs(self) -> list[tuple[bool, bool] | None]:
+        """Of a projection of booleans: each expert's (a, b) or None; if stacked, the stack's."""
+        return [self.factors[0]] * len(self.layout) if self.stacked else self.factor_pairs()
+
     def factor_needs(self) -> tuple[list[bool], list[bool]]:
         """Of a projection of booleans: those of each a, and those of each b."""
         if not any(self.ranks):

@@ -126,10 +126,7 @@ class _Backward:
         inputs = [need for side in side_needs[:2] for need in side.tensors]
         self.need_hidden = self.need_x or need_weights or any(inputs)
         self.need_full = [side.full for side in side_needs]
-        self.need_pairs = [
-            [side.factors[0]] * len(side.layout) if side.stacked else side.factor_pairs()
-            for side in side_needs
-        ]
+        self.need_pairs = [side.need_pairs() for side in side_needs]
         self.side_needs = side_needs
         self.pairs = [side.factor_pairs() for side in sides]
         self.z = [_Input(x, _side_a(side), top_k) for side in sides[:2]]

@@ -145,7 +145,7 @@ def _check_mask(mask: Tensor, num_tokens: int, num_experts: int, device: torch.d
 def _topk_route(logits, bias, mask, top_k, norm_topk_prob, scoring):
     if checks_values(logits):
         check_routable(logits, mask)
-    kernels = backend.kernels(_kernels, logits, "topk_route", logits.shape[1])
+    kernels = backend.kernels(_kernels, logits)
     return kernels.topk_route(
         contiguous("logits", logits), bias, mask, top_k, norm_topk_prob, scoring
     )
