@@ -31,7 +31,7 @@ PLAN = (
         "timing",
     ),
     ("native", "projection", "storage", "testing"),
-    ("backend", "library"),
+    ("backend", "library", "schedule"),
     ("_aten",),
     ("_native", "_triton"),
     ("ops",),

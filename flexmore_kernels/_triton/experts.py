@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backend
+from .. import backend, schedule
 from ..projection import FULL, Projection
 from ..ragged import MAX_SET_EXPERTS, RoutingPlan, packed_size, ranks_tensor, rows_to_slots
 from . import token_major
@@ -136,13 +136,16 @@ def forward(x, indices, weights, sides) -> tuple[Tensor, Tensor, Tensor]:
     gate, up, down = sides
     bases = x @ gate.full[0].T, x @ up.full[0].T
     layer = _Layer(x, indices, sides)
-    mixed, h_NF = _hidden(layer, *bases, layer.base_weights(down, weights))
+    (T, D), F = x.shape, gate.full[0].shape[0]
+    layouts = [side.layout for side in sides]
+    how = schedule.choose(layouts, T, top_k=layer.top_k, hidden=D, width=F, dtype=x.dtype)
+    mixed, h_NF = _hidden(layer, how, *bases, layer.base_weights(down, weights))
     low, plan = layer.packed[2], layer.plan
     if not (low.any or down.has_extra_full):
         return mixed @ down.full[0].T, *bases
     y = _mm(mixed, down.full[0].T)
     z_down = layer.shrink(h_NF, low.a, low.ranks)
-    if len(gate.full) <= MAX_SET_EXPERTS and not down.has_extra_full:
+    if how.dense_down:
         s_down = token_major.weighted(z_down, weights, plan, low.ranks)
         return token_major.add_expanded(y, s_down, low.b), *bases
     delta_ND = layer.expand(z_down, low.b, low.ranks)
@@ -150,19 +153,18 @@ def forward(x, indices, weights, sides) -> tuple[Tensor, Tensor, Tensor]:
     return layer.unpermute(delta_ND, weights, y), *bases
 
 
-def _hidden(layer: _Layer, gate_TF, up_TF, weights) -> tuple[Tensor, Tensor]:
-    """mixed (T, F) and h (N, F); of h, the rows of experts with a delta or weight of their own."""
+def _hidden(layer: _Layer, how: schedule.Schedule, gate_TF, up_TF, weights):
+    """mixed (T, F) and h (N, F); of h the rows of experts with a delta or weight of their own."""
     gate, up, down = layer.sides
     low_gate, low_up, _ = layer.packed
     plan, x = layer.plan, layer.x
-    extra_full = gate.has_extra_full or up.has_extra_full
-    if not extra_full and token_major.serves(plan.num_experts, low_gate.ranks, low_up.ranks):
+    if how.all_fused:
         s_TR = x @ torch.cat([low_gate.a, low_up.a]).T
         writes = tuple(int(kind != 0) for kind in (0, *down.layout[1:]))
         factors = (low_gate.b, low_gate.ranks, low_up.b, low_up.ranks)
         return token_major.mix(gate_TF, up_TF, weights, plan, s_TR, *factors, writes)
     z = [layer.shrink(x, low.a, low.ranks, gather=True) for low in (low_gate, low_up)]
-    if extra_full:
+    if "full" in how.ways:
         rows = layer.preactivations(gate_TF, up_TF, z)
         return layer.mix.swiglu_mix(*rows, weights, plan.slot_to_row)
     factors = (z[0], low_gate.b, low_gate.ranks, z[1], low_up.b, low_up.ranks)

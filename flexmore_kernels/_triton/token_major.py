@@ -28,9 +28,6 @@ from .. import ragged
 from . import tiles
 from .tiles import add_product, aligned, packed_offset, sigmoid
 
-_MOST_RANK = 64
-"""One block of rank columns: a step of the loop over experts is one product a projection."""
-
 
 @triton.jit
 def flexmore_token_mix(
@@ -67,7 +64,7 @@ def flexmore_token_mix(
     up = tl.load(up_ptr + at, mask=live, other=0.0)
     r = tl.arange(0, BLOCK_R)
     s_tile = s_ptr + token.to(tl.int64)[:, None] * R + r[None, :]
-    # 32 bits reach all of B: R is at most MAX_SET_EXPERTS * _MOST_RANK.
+    # 32 bits reach all of B: R is at most MAX_SET_EXPERTS * FUSED_RANK.
     bg_tile = b_gate_ptr + (column[None, :] * stride_bg_f + r[:, None] * stride_bg_r)
     bu_tile = b_up_ptr + (column[None, :] * stride_bu_f + r[:, None] * stride_bu_r)
     s_up = aligned(tl.load(offsets_gate_ptr + E), ALIGN)
@@ -143,11 +140,6 @@ def flexmore_token_add_expanded(
         b = tl.load(b, mask=d_live & (r < R)[:, None], other=0.0)
         acc = add_product(acc, s, b, PRECISION, ACC)
     tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=t_live & d_live)
-
-
-def serves(num_experts: int, *rank_lists: tuple[int, ...]) -> bool:
-    """Whether these kernels take a layer of this many experts and these (padded) ranks."""
-    return num_experts <= ragged.MAX_SET_EXPERTS and max(map(max, rank_lists)) <= _MOST_RANK
 
 
 def mix(

@@ -1,0 +1,92 @@
+"""Which way each expert is computed, chosen from sizes alone: ranks, E, K, T, dtype, device.
+
+Nothing here looks at a tensor, so a choice never waits for the device and is the same for each
+routing of a shape. The forward asks `choose`, and `flexmore bench --explain` prints what it says.
+
+Routes, of the whole forward:
+    decode        few tokens, inference: the compiled library, bound by the bytes of the weights
+    token-major   few experts: tokens stay in order, sums of small ranks are dense in them
+    expert-major  many experts: rows sorted by expert
+    loop          plain PyTorch, one expert after the other
+Ways, of one expert's gate and up:
+    base     no delta of its own: what the base computes for every token serves it
+    fused    small ranks: expanded where the hidden sum is formed, no row of it is gathered
+    grouped  larger ranks: ragged products over its own rows
+    full     a matrix of its own (full-size, or merged by `layer.prepare`): grouped GEMMs
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from .projection import FULL
+from .ragged import MAX_SET_EXPERTS
+
+DECODE_TOKENS = 64
+"""Up to this many tokens a forward is bound by reading the weights once."""
+
+FUSED_RANK = 64
+"""One block of rank columns: a step of the token-major kernels is one product a projection."""
+
+
+class Schedule(NamedTuple):
+    """What `choose` decided; the module's text has the names."""
+
+    route: str
+    ways: tuple[str, ...]  # E
+    dense_down: bool  # the down deltas as one product dense in tokens, not by rows
+
+    @property
+    def all_fused(self) -> bool:
+        """Whether no expert needs rows of gate and up of its own."""
+        return self.route == "token-major" and not {"grouped", "full"} & set(self.ways)
+
+
+def choose(
+    layouts: Sequence[Sequence[int]],
+    tokens: int,
+    *,
+    top_k: int,
+    hidden: int,
+    width: int,
+    dtype: torch.dtype,
+    kernels: Sequence[str] = ("triton",),
+    saves: bool = False,
+) -> Schedule:
+    """The schedule of one forward.
+
+    Args:
+        layouts: of gate, up and down, an int an expert: `FULL`, 0 for no delta, or the rank.
+        tokens, top_k, hidden, width: T, K, D, F.
+        kernels: which can be used, of `backend.NAMES`; "native" is the library's on this GPU.
+        saves: whether what the backward needs is kept.
+    """
+    few = tokens <= DECODE_TOKENS and not saves
+    return _choose(tuple(map(tuple, layouts)), few, top_k, hidden, width, dtype, tuple(kernels))
+
+
+@functools.lru_cache(maxsize=256)
+def _choose(layouts, few, top_k, hidden, width, dtype, kernels) -> Schedule:
+    gate, up, down = layouts
+    by_set = len(gate) <= MAX_SET_EXPERTS
+    if few and "native" in kernels:
+        route = "decode"
+    elif "triton" in kernels:
+        route = "token-major" if by_set else "expert-major"
+    else:
+        route = "loop"
+    pairs = list(zip(gate[1:], up[1:], strict=True))
+    small = all(0 <= rank <= FUSED_RANK for pair in pairs for rank in pair)
+    low_rank = "fused" if by_set and small and route != "loop" else "grouped"
+    ways = ("base", *(_way(pair, low_rank) for pair in pairs))
+    return Schedule(route, ways, route != "loop" and by_set and FULL not in down[1:])
+
+
+def _way(pair: tuple[int, int], low_rank: str) -> str:
+    if FULL in pair:
+        return "full"
+    return low_rank if any(pair) else "base"

@@ -1,0 +1,68 @@
+"""flexmore_kernels/schedule.py: the way of each expert, from sizes alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flexmore_kernels import schedule
+from flexmore_kernels.projection import FULL
+from flexmore_kernels.ragged import MAX_SET_EXPERTS
+from flexmore_kernels.schedule import DECODE_TOKENS, FUSED_RANK
+
+SIZES = {"top_k": 2, "hidden": 4096, "width": 11008, "dtype": torch.bfloat16}
+
+
+def choose(*entries, tokens=4096, **options):
+    """Of experts given as a rank, `FULL`, or a triple of them; the base is put before."""
+    triples = [entry if isinstance(entry, tuple) else (entry,) * 3 for entry in (FULL, *entries)]
+    return schedule.choose(list(zip(*triples, strict=True)), tokens, **SIZES, **options)
+
+
+def test_few_experts_of_small_ranks_are_fused():
+    how = choose(1, 0, FUSED_RANK, (16, 0, 0), (0, 0, 512))
+    assert how.route == "token-major" and how.all_fused and how.dense_down
+    assert how.ways == ("base", "fused", "base", "fused", "fused", "base")
+
+
+def test_a_larger_rank_is_grouped():
+    how = choose(FUSED_RANK + 1, 16)
+    assert how.ways[1] == "grouped" and not how.all_fused and how.dense_down
+
+
+@pytest.mark.parametrize("entry", [FULL, (FULL, 16, 16), (16, FULL, 0)])
+def test_a_full_size_expert_is_full(entry):
+    how = choose(entry, 16)
+    assert how.ways[1] == "full" and not how.all_fused
+
+
+def test_a_full_size_down_is_not_one_dense_product():
+    how = choose((16, 16, FULL))
+    assert how.ways == ("base", "fused") and not how.dense_down
+
+
+def test_many_experts_are_expert_major():
+    most = choose(*[16] * (MAX_SET_EXPERTS - 1))
+    more = choose(*[16] * MAX_SET_EXPERTS)
+    assert (most.route, more.route) == ("token-major", "expert-major")
+    assert not more.all_fused and not more.dense_down and set(more.ways) == {"base", "grouped"}
+
+
+def test_decode_needs_the_library_few_tokens_and_no_backward():
+    both = ("native", "triton")
+    routes = [
+        choose(16, tokens=tokens, kernels=kernels, saves=saves).route
+        for tokens, kernels, saves in (
+            (DECODE_TOKENS, both, False),
+            (DECODE_TOKENS + 1, both, False),
+            (DECODE_TOKENS, both, True),
+            (DECODE_TOKENS, ("triton",), False),
+        )
+    ]
+    assert routes == ["decode", "token-major", "token-major", "token-major"]
+
+
+def test_plain_pytorch_loops():
+    how = choose(16, FULL, 0, kernels=("aten",), tokens=1)
+    assert how.route == "loop" and how.ways == ("base", "grouped", "full", "base")
+    assert not how.all_fused and not how.dense_down
