@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import ops
 from .checks import FLOATS, SCORINGS, check_int, check_one_of, check_tensor, checks_values
 from .ops.routing import Routing
+from .preparation import Preparable
 from .ragged import StackedFactors
 from .storage import PROJECTIONS, Experts, StackedExperts, Weight, init_full, parse_ranks
 
@@ -34,7 +35,7 @@ class Router(Weight):
         )
 
 
-class FlexMoRE(nn.Module):
+class FlexMoRE(Preparable):
     """A mixture of full-size and low-rank experts around a shared base, in place of a SwiGLU FFN.
 
     Routing: logits = x G^T + min(bias, 0) on experts 1..; the `top_k` largest by (logit descending,
@@ -58,8 +59,8 @@ class FlexMoRE(nn.Module):
     `gate.expert_bias`, `experts.{e}.{gate,up,down}_proj.weight` where full-size,
     `..._proj_a.weight` (r, in) and `..._proj_b.weight` (out, r) where low-rank. Each is an ordinary
     parameter of that name (stacked: see `storage`). Nothing derived from a weight is kept between
-    calls. Under FSDP2 shard the layer or a module around it, not its experts: they are read by the
-    layer, their own forward never runs.
+    calls, unless `prepare` is called, for serving. Under FSDP2 shard the layer or a module around
+    it, not its experts: they are read by the layer, their own forward never runs.
 
     dtypes: base and full-size weights in one of float32, bfloat16, float16 (float64 on the CPU),
     factors and router in that or in float32 (cast at each call, differentiably), x in the base's.
@@ -165,7 +166,7 @@ class FlexMoRE(nn.Module):
         allowed expert or with a NaN logit raises on the CPU and inside `validation()`; elsewhere it
         gets zeros.
         """
-        weights = [self.experts.projection(name) for name in PROJECTIONS]
+        weights = self._expert_weights()
         autocast = _autocast_dtype(x)
         base = getattr(self.experts, "0").gate_proj.weight
         dtype = autocast or base.dtype

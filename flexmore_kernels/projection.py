@@ -16,6 +16,9 @@ from torch import Tensor
 from .ragged import rank_offsets
 from .slow_paths import warn_once
 
+RANK_MULTIPLE = 16
+"""Packed factors are padded to multiples of this, the depth of a tensor core's product."""
+
 FULL = -1
 """Layout entry of an expert with a full-size weight; 0 means no delta, r > 0 a rank."""
 

@@ -22,11 +22,9 @@ import torch
 from torch import Tensor
 
 from .. import backend, schedule
-from ..projection import FULL, Projection
+from ..projection import FULL, RANK_MULTIPLE, Projection
 from ..ragged import MAX_SET_EXPERTS, RoutingPlan, packed_size, ranks_tensor, rows_to_slots
 from . import token_major
-
-RANK_MULTIPLE = 16
 
 
 class _Packed(NamedTuple):
