@@ -87,6 +87,32 @@ def compile_all(jobs: list[tuple[int, str]]) -> list[Compiled]:
             return [one for found in pool.map(_compile, jobs) for one in found]
 
 
+def tiles_asked(target: int) -> set[tuple]:
+    """(kernel, bytes of an element, shape of the safe tile) of all that the calls' launches ask."""
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), spawn) as pool:
+        return set().union(*pool.map(_asked, [(target, call) for call in CALLS]))
+
+
+def _asked(job: tuple[int, str]) -> set[tuple]:
+    """In a worker's process; nothing is launched or compiled."""
+    target, name = job
+    asked, choose = set(), tiles.tile
+
+    def tile(kernel, x, safe, usual=True):
+        asked.update([(kernel, x.element_size(), safe.shape)] if usual else [])
+        return choose(kernel, x, safe, usual)
+
+    _stand_in(target)
+    tiles.tile, JITFunction.run = tile, lambda *args, **kwargs: None
+    torch.empty, torch.empty_like = torch.zeros, torch.zeros_like
+    torch.Tensor.new_empty = torch.Tensor.new_zeros
+    torch.set_num_threads(1)
+    for family in CALLS[name].families:
+        FAMILIES[family](CALLS[name].setup)
+    return asked
+
+
 def _start_worker(cache: str) -> None:
     triton.knobs.cache.dir = cache
     torch.set_num_threads(1)

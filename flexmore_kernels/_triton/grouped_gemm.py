@@ -100,27 +100,24 @@ def _stacks(weight: list[Tensor | None]) -> Iterator[tuple[int, int, int]]:
         yield first, count, step // weight[first].element_size()
 
 
-def _config(x: Tensor, rows: int, widths: tuple[int, int]) -> tuple[int, int, dict]:
-    """(rows, columns, options) of a tile; on Hopper 128 x 256 asks least of L2 and fits.
+def _config(kernel: str, x: Tensor, rows: int, widths: tuple[int, int]) -> tuple[int, int, dict]:
+    """(rows, columns, options) of a tile.
 
     Widths that are not multiples of 8 mean scalar loads, whose addresses fill the registers.
     """
     odd = any(width % 8 for width in widths)
-    hopper = tiles.capability(x.device) == (9, 0) and rows == 128 and not odd
-    if odd:
-        m, n, k, warps = tiles.blocks(x.dtype, min(rows, 64), 64, 32)
-    else:
-        m, n, k, warps = tiles.blocks(x.dtype, rows, 256 if hopper else 128, 64)
-    stages = tiles.stages(x, m, n, k, most=4 if hopper else 3)
+    size = (min(rows, 64), 64, 32) if odd else (rows, 128, 64)
+    safe = tiles.safe_tile(x, *size, most=3)._replace(group=8)
+    tile = tiles.tile(kernel, x, safe, usual=not odd)
     options = {
         "ACC": tiles.accumulator(x.dtype),
         "PRECISION": tiles.dot_precision(x.dtype),
-        "GROUP": 8,
-        "BLOCK_K": k,
-        "num_warps": warps,
-        "num_stages": stages,
+        "GROUP": tile.group,
+        "BLOCK_K": tile.depth,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
     }
-    return m, n, options
+    return tile.rows, tile.columns, options
 
 
 def grouped_gemm(
@@ -130,7 +127,8 @@ def grouped_gemm(
     (N, width_in), width_out = x.shape, out.shape[1]
     if out.numel() == 0:
         return
-    m, o, config = _config(x, tiles.row_block(N, len(weight), 128), (width_in, width_out))
+    rows = tiles.row_block(N, len(weight), 128)
+    m, o, config = _config("grouped_gemm", x, rows, (width_in, width_out))
     with tiles.device_guard(x):
         for first, count, step in _stacks(weight):
             row_tiles = tiles.max_tiles(N, count, m)
@@ -150,7 +148,7 @@ def grouped_gemm_dweight(
     """For each of `experts` (O, I): the sum over its rows of dy[n] x[n]^T, in the order of rows."""
     width_out, width_in = dy.shape[1], x.shape[1]
     grads = [x.new_empty(width_out, width_in) for _ in experts]
-    o, i, config = _config(x, 128, (width_in, width_out))
+    o, i, config = _config("grouped_gemm_dweight", x, 128, (width_in, width_out))
     grid = (triton.cdiv(width_out, o) * triton.cdiv(width_in, i),)
     with tiles.device_guard(x):
         for e, grad in zip(experts, grads, strict=True):

@@ -205,9 +205,10 @@ def shrink(
         return z
     N, width = row_to_slot.shape[0] if gather else x.shape[0], x.shape[1]
     common, E = _launch(x, ranks), len(ranks)
-    m, r, k, warps = tiles.blocks(
-        x.dtype, tiles.row_block(N, E, 128), min(128, tiles.padded(max(ranks), 16)), 64
-    )
+    across = min(128, tiles.padded(max(ranks), 16))
+    tile = tiles.safe_tile(x, tiles.row_block(N, E, 128), across, 64)
+    tile = tiles.tile("shrink", x, tile, usual=tiles.alignment(ranks) > 1 and width % 8 == 0)
+    m, r, k = tile.shape
     rank_tiles = [triton.cdiv(rank, r) for rank in ranks]
     by_rows = tiles.max_tiles(N, E, m) * max(rank_tiles)
     by_area = size // (m * r) + N // m + sum(ranks) // r + E
@@ -224,7 +225,7 @@ def shrink(
             size, width, top_k, num_tiles, zeroers,
             triton.cdiv(triton.cdiv(width, splits), k) * k, *a.stride(),
             GATHER=gather, BLOCK_M=m, BLOCK_R=r, BLOCK_K=k,
-            num_warps=warps, num_stages=tiles.stages(x, m, r, k), **common,
+            num_warps=tile.warps, num_stages=tile.stages, **common,
         )  # fmt: skip
         if splits > 1:
             tiles.sum_planes(z, out, row_offsets, ranks_on_device)
@@ -248,16 +249,19 @@ def expand(
     if y.numel() == 0:
         return y
     # Without aligned ranks loads are scalar and need registers: a narrower tile avoids spills.
-    columns = 64 if tiles.alignment(ranks) == 1 else 128
+    vectors = tiles.alignment(ranks) > 1
     depth = min(64, tiles.padded(max(ranks), 16))
-    m, o, r, warps = tiles.blocks(z.dtype, tiles.row_block(num_rows, E, 128), columns, depth)
+    rows = tiles.row_block(num_rows, E, 128)
+    tile = tiles.safe_tile(z, rows, 128 if vectors else 64, depth, most=3)._replace(group=4)
+    tile = tiles.tile("expand", z, tile, usual=vectors and width % 8 == 0)
+    m, o, r = tile.shape
     row_tiles = tiles.max_tiles(num_rows, E + 1, m)
     with tiles.device_guard(z):
         flexmore_expand[(row_tiles * triton.cdiv(width, o),)](
             y, z, b, base, row_offsets, ragged.ranks_tensor(ranks, z.device),
             row_to_slot if gather else None, num_rows, width, top_k, row_tiles, *b.stride(),
-            GROUP=4, BLOCK_M=m, BLOCK_O=o, BLOCK_R=r,
-            num_warps=warps, num_stages=tiles.stages(z, m, o, r, most=3), **_launch(z, ranks),
+            GROUP=tile.group, BLOCK_M=m, BLOCK_O=o, BLOCK_R=r,
+            num_warps=tile.warps, num_stages=tile.stages, **_launch(z, ranks),
         )  # fmt: skip
     return y
 

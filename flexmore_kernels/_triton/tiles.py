@@ -13,6 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import tuning
+from ..tuning import Tile
+
 # Devices of compute capability 8.6, 8.9 and 12.0 allow a block 99 KiB; the interpreter has no limit
 # but follows the same choice, so that what is tested is what is shipped.
 SMALLEST_SHARED_MEMORY = 99 * 1024
@@ -213,6 +216,20 @@ def stages(x: torch.Tensor, rows: int, columns: int, depth: int, most: int = 4) 
     """Pipeline stages of a matrix product's tiles that fit in a block's shared memory."""
     stage = (rows + columns) * depth * x.element_size()
     return fitting_stages(stage, most, shared_memory(x.device))
+
+
+def tile(kernel: str, x: torch.Tensor, safe: Tile, usual: bool = True) -> Tile:
+    """The tile that a kernel runs with: the device's tuned one where it has one, else `safe`.
+
+    usual: whether loads are vectors, as they were when tiles were tuned.
+    """
+    return tuning.find(kernel, capability(x.device), x.element_size(), safe) if usual else safe
+
+
+def safe_tile(x: torch.Tensor, rows: int, columns: int, depth: int, most: int = 4) -> Tile:
+    """A matrix product's tile of about this size that runs wherever its shared memory fits."""
+    rows, columns, depth, warps = blocks(x.dtype, rows, columns, depth)
+    return Tile(rows, columns, depth, warps, stages(x, rows, columns, depth, most))
 
 
 def sum_planes(out: torch.Tensor, planes: torch.Tensor, row_offsets=None, ranks=None) -> None:

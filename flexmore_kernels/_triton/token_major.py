@@ -160,8 +160,11 @@ def mix(
     # The tiles that are exchanged between layouts take their room beside the stages.
     stage, fixed = 4 * block * depth * gate.element_size(), block * block * 4
     stages = tiles.fitting_stages(stage, 3, tiles.shared_memory(device), fixed)
+    align = tiles.alignment(ranks_gate, ranks_up)
+    tile = tiles.Tile(block, block, depth, 4, stages)
+    tile = tiles.tile("token_mix", gate, tile, usual=align > 1 and F % 8 == 0)
     with tiles.device_guard(gate):
-        flexmore_token_mix[(triton.cdiv(F, block), triton.cdiv(T, block))](
+        flexmore_token_mix[(triton.cdiv(F, tile.columns), triton.cdiv(T, tile.rows))](
             mixed, rows, gate, up, weights, plan.token_order, plan.expert_to_row,
             plan.row_to_slot, s,
             b_gate, ragged.ranks_tensor(ranks_gate, device),
@@ -171,9 +174,9 @@ def mix(
             ragged.ranks_tensor(writes, device),
             T, F, s.shape[1], *b_gate.stride(), *b_up.stride(),
             E=plan.num_experts, E_PAD=tiles.padded(plan.num_experts),
-            ALIGN=tiles.alignment(ranks_gate, ranks_up), ACC=tiles.accumulator(gate.dtype),
-            PRECISION=tiles.dot_precision(gate.dtype),
-            BLOCK_T=block, BLOCK_F=block, BLOCK_R=depth, STAGES=stages, num_warps=4,
+            ALIGN=align, ACC=tiles.accumulator(gate.dtype),
+            PRECISION=tiles.dot_precision(gate.dtype), BLOCK_T=tile.rows, BLOCK_F=tile.columns,
+            BLOCK_R=tile.depth, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
     return mixed, rows
 
@@ -202,11 +205,13 @@ def add_expanded(base: Tensor, s: Tensor, b: Tensor) -> Tensor:
     y = s.new_empty(T, D)
     if y.numel() == 0:
         return y
-    t, d, r, warps = tiles.blocks(s.dtype, tiles.row_block(T, 1, 128), 128, 64)
+    safe = tiles.safe_tile(s, tiles.row_block(T, 1, 128), 128, 64, most=3)
+    tile = tiles.tile("add_expanded", s, safe, usual=R % 8 == 0 and D % 8 == 0)
+    t, d, r = tile.shape
     with tiles.device_guard(s):
         flexmore_token_add_expanded[(triton.cdiv(T, t) * triton.cdiv(D, d),)](
             y, base, s, b, T, D, R, *b.stride(), ACC=tiles.accumulator(s.dtype),
             PRECISION=tiles.dot_precision(s.dtype), BLOCK_T=t, BLOCK_D=d, BLOCK_R=r,
-            num_warps=warps, num_stages=tiles.stages(s, t, d, r, most=3),
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return y
