@@ -65,13 +65,13 @@ class Preparable(nn.Module):
                 rank than that; a list of experts, those; None, none.
 
         Parameters, state_dict and loading stay as they are: saving a prepared layer saves the
-        factors. The copies hold the weights of now. After a step of an optimizer or another
-        in-place write the next forward raises a RuntimeError: prepare again. A write through
-        `.data` and a weight that changed under a captured CUDA graph or a compiled layer cannot be
-        seen: prepare again after those (a graph must be captured again, too). Loading a state_dict
-        unprepares; moving or casting the layer prepares it again; a copy (deepcopy, pickle) starts
-        unprepared. Where the experts' parameters would get gradients, the forward reads them
-        themselves. FSDP: prepare while unsharded.
+        factors. The copies hold the weights of now. After a write in place, or a new tensor in a
+        parameter's place, the next forward raises a RuntimeError: prepare again. What torch does
+        not count cannot be seen: writes through `.data` or of a fused optimizer, or under a
+        compiled layer or a captured CUDA graph (which must be captured again, too); prepare again
+        after those. A forward in which the experts' parameters get gradients unprepares, with a
+        warning, as does loading a state_dict, without one. Moving or casting the layer prepares it
+        again; a copy (deepcopy, pickle) starts unprepared. FSDP: prepare while unsharded.
         """
         weights = self._live_weights()
         if any(type(tensor).__name__ == "DTensor" for tensor in _tensors(weights)):
@@ -99,11 +99,15 @@ class Preparable(nn.Module):
         if copies is None:
             return weights
         if torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(weights)):
-            warn_once(
-                "prepared, with gradients",
-                "A prepared layer reads its parameters where they would get gradients: use "
-                "torch.no_grad() or torch.inference_mode(), or freeze the experts.",
-            )
+            if not torch.compiler.is_compiling():
+                # Training follows, and a fused optimizer's writes cannot be seen.
+                self.unprepare()
+                warn_once(
+                    "prepared, with gradients",
+                    "A prepared layer ran where its experts' parameters get gradients, which "
+                    "unprepared it: serve under torch.no_grad() or torch.inference_mode(), or "
+                    "with frozen experts.",
+                )
             return weights
         # A compiler would have to guard on what it cannot see.
         if not torch.compiler.is_compiling() and copies.stamps != _stamps(copies.sources(weights)):

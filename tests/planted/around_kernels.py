@@ -7,6 +7,7 @@ from .bug import Bug
 EXPERTS = "flexmore_kernels/ops/experts.py"
 ROUTING = "flexmore_kernels/ops/routing.py"
 LAYER = "flexmore_kernels/layer.py"
+PREPARATION = "flexmore_kernels/preparation.py"
 ATEN = "flexmore_kernels/_aten/experts.py"
 MODEL = "flexmore_kernels/model.py"
 
@@ -124,11 +125,27 @@ BUGS = (
     Bug(
         "parameters looked up once",
         "The list of weights kept on the layer: load_state_dict(assign=True) makes new ones.",
-        LAYER,
-        "        weights = [self.experts.projection(name) for name in PROJECTIONS]\n",
-        '        weights = self.__dict__.setdefault("_weights", '
+        PREPARATION,
+        "        return [self.experts.projection(name) for name in PROJECTIONS]\n",
+        '        return self.__dict__.setdefault("_weights", '
         "[self.experts.projection(name) for name in PROJECTIONS])\n",
         "tests/test_storage.py",
+    ),
+    Bug(
+        "up's factors read from gate's place",
+        "Prepared, gate's and up's A lie in one matrix: up's begin where gate's end.",
+        PREPARATION,
+        "            start = sum(self.ranks[0] or ()) if index == 1 else 0\n",
+        "            start = 0\n",
+        "tests/test_preparation.py",
+    ),
+    Bug(
+        "a stale base is served",
+        "Merged matrices contain the base: its writes count, too.",
+        PREPARATION,
+        "            if names:\n                found.append(_full(side)[0])\n",
+        "",
+        "tests/test_preparation.py",
     ),
     Bug(
         "factors packed once",
