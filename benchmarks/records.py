@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from flexmore_kernels.timing import Times, compare
+from flexmore_kernels import floors
+from flexmore_kernels.timing import Times
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
@@ -79,22 +80,9 @@ def short(value: Any) -> Any:
     return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
-def roofs(device: str) -> dict[str, float]:
-    """What this device does in this run: a large copy (bytes read and written), a large matmul.
-
-    On random numbers, since zeros need less power and run faster.
-    """
-    on_gpu = device == "cuda"
-    dtype, side = (torch.bfloat16, 8192) if on_gpu else (torch.float32, 1024)
-    source = torch.randn((1 << 29) if on_gpu else (1 << 24), device=device, dtype=dtype)
-    target = torch.empty_like(source)
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    times = compare({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, device)
-    return {
-        "copy_tb_s": short(2 * source.nbytes / times["copy"].ms / 1e9),
-        "matmul_tflop_s": short(2 * side**3 / times["matmul"].ms / 1e9),
-        "matmul_dtype": str(dtype).removeprefix("torch."),
-    }
+def roofs(device: str) -> dict[str, Any]:
+    """What this device does in this run: a large copy (bytes read and written), a large matmul."""
+    return {name: short(value) for name, value in floors.measure(device)._asdict().items()}
 
 
 def environment(device: str, commit: str | None = None) -> dict[str, Any]:

@@ -1,40 +1,10 @@
-"""Named layer shapes, each with the reason it is measured."""
+"""The shapes that are measured, and the one that is swept; flexmore_kernels/shapes.py has each."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from flexmore_kernels.shapes import SHAPES, Shape
 
-
-class Shape(NamedTuple):
-    """Sizes of one layer; `tokens` is what a benchmark takes unless told otherwise."""
-
-    why: str
-    hidden: int
-    intermediate: int
-    ranks: tuple[int, ...]
-    top_k: int
-    tokens: int
-
-
-def _flexolmo(why: str, *ranks: int, top_k: int = 5) -> Shape:
-    """A layer of FlexOlmo-7x7B's width: its base, and experts of these ranks beside it."""
-    return Shape(why, 4096, 11008, (0, *ranks), top_k, 16384)
-
-
-SHAPES = {
-    "flexolmo_6x64": _flexolmo("usual ranks: the shape that is swept", *[64] * 6),
-    "flexolmo_6x16": _flexolmo("small ranks: how much a delta costs at least", *[16] * 6),
-    "flexolmo_mixed": _flexolmo("a published mixture: ranks 1 to 2048", 1, 4, 8, 64, 256, 2048),
-    "flexolmo_large": _flexolmo("large ranks: the deltas weigh most", 64, 64, 256, 512, 2048, 16),
-    "flexolmo_full": _flexolmo("all experts full-size: nothing is shared", *[0] * 6),
-    "flexolmo_k2_of_2": _flexolmo("a base and one expert, both always on: a LoRA", 64, top_k=2),
-    "flexolmo_k4": _flexolmo("4 of 7: a fifth fewer rows than 5 of 7", *[64] * 6, top_k=4),
-    "flexolmo_k7": _flexolmo("7 of 7: no routing, every expert on every token", *[64] * 6, top_k=7),
-    "experts_64": Shape("as many as get a parameter each", 2048, 5504, (0, *[16] * 63), 8, 16384),
-    "experts_512": Shape("stacked factors, few rows each", 2048, 5504, (0, *[16] * 511), 8, 16384),
-    "small": Shape("what two CPU cores do at once", 1024, 2752, (0, *[16] * 6), 5, 512),
-    "tiny": Shape("a second on any machine", 128, 352, (0, 1, 4, 16), 2, 64),
-}  # fmt: skip
+__all__ = ["SHAPES", "SWEEP", "SWEPT", "Shape"]
 
 SWEPT = "flexolmo_6x64"
 SWEEP = (1, 16, 64, 512, 4096, 16384, 65536)

@@ -1,6 +1,7 @@
 """The command line, `flexmore <command>`: each parses, calls one function, says what failed.
 
 demo     run a checkpoint's MoE layers, check each against the reference, compare times
+bench    a layer beside one dense FFN; --explain: which way each expert takes, floors, shares
 inspect  what a checkpoint directory holds, checked, without loading it
 env      versions, devices, what was built, which kernels run each op and why not the others
 """
@@ -48,6 +49,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(run=_demo)
 
+    bench = commands.add_parser(
+        "bench", help="a layer beside one dense FFN; --explain: why it takes what it takes"
+    )
+    bench.add_argument("shape", nargs="?", help="default: flexolmo_6x64 on cuda, else small")
+    bench.add_argument("--list", action="store_true", help="the shapes by name")
+    bench.add_argument("--hidden", type=_positive, metavar="D", help="or a shape of your own:")
+    bench.add_argument("--intermediate", type=_positive, metavar="F")
+    bench.add_argument("--top-k", type=_positive, metavar="K")
+    bench.add_argument(
+        "--ranks", nargs="+", metavar="R", help="of the experts beside the base: 64x6 16 0"
+    )
+    bench.add_argument("--tokens", type=_positive, nargs="+", metavar="T")
+    bench.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    bench.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, else float32")
+    bench.add_argument("--prepare", action="store_true", help="after layer.prepare()")
+    bench.add_argument(
+        "--explain", action="store_true", help="routes, ways, floors, stages, kernels"
+    )
+    bench.add_argument("--json", action="store_true", help="the same for programs")
+    bench.set_defaults(run=_bench)
+
     inspect = commands.add_parser("inspect", help="what a checkpoint directory holds")
     inspect.add_argument("checkpoint", metavar="CHECKPOINT_DIR")
     inspect.set_defaults(run=_inspect)
@@ -78,6 +100,36 @@ def _demo(arguments: argparse.Namespace) -> int:
         break_it=arguments.break_it,
         seed=arguments.seed,
     )
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from . import explain, explain_text
+    from .shapes import SHAPES, parse
+
+    if arguments.list:
+        for name, shape in SHAPES.items():
+            print(f"{name:<18}{shape.why}")
+        return 0
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name, shape = parse(
+        arguments.shape or ("flexolmo_6x64" if device == "cuda" else "small"),
+        arguments.hidden, arguments.intermediate, arguments.ranks, arguments.top_k,
+    )  # fmt: skip
+    dtype = arguments.dtype or ("bfloat16" if device == "cuda" else "float32")
+    report = explain.run(
+        name,
+        shape,
+        arguments.tokens or [shape.tokens],
+        device=device,
+        dtype=getattr(torch, dtype),
+        explain=arguments.explain,
+        merge="auto" if arguments.prepare else False,
+        say=lambda text: print(f"flexmore bench: {text}", file=sys.stderr, flush=True),
+    )
+    print(json.dumps(report, indent=1) if arguments.json else explain_text.as_text(report))
+    return 0
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

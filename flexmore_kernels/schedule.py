@@ -17,8 +17,9 @@ Ways, of one expert's gate and up:
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -66,7 +67,24 @@ def choose(
         saves: whether what the backward needs is kept.
     """
     few = tokens <= DECODE_TOKENS and not saves
-    return _choose(tuple(map(tuple, layouts)), few, top_k, hidden, width, dtype, tuple(kernels))
+    how = _choose(tuple(map(tuple, layouts)), few, top_k, hidden, width, dtype, tuple(kernels))
+    for seen in _watching:
+        seen.append(how)
+    return how
+
+
+_watching: list[list[Schedule]] = []
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[list[Schedule]]:
+    """Within, every choice is kept in the list: what forwards run, as they ask for it."""
+    seen: list[Schedule] = []
+    _watching.append(seen)
+    try:
+        yield seen
+    finally:
+        _watching.remove(seen)
 
 
 @functools.lru_cache(maxsize=256)
