@@ -1,7 +1,7 @@
 """Tables and the figure of times, from the records: the last one of each key.
 
 python -m benchmarks.tables            # print all tables
-python -m benchmarks.tables --write    # README.md's part, and all with the figure in results/
+python -m benchmarks.tables --write    # README.md's part, docs/kernels.md's, all of results/
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import figure, records
+from benchmarks import aims, figure, records
 from benchmarks.shapes import SHAPES
 
 README = records.ROOT.parent / "README.md"
 FIGURE = records.RESULTS / "layer.svg"
 PAGE = records.RESULTS / "README.md"
+KERNELS = records.ROOT.parent / "docs" / "kernels.md"
 BEGIN, END = "<!-- times: begin -->", "<!-- times: end -->"
 COLUMNS = {
     "ours, layer": "ours, with its router",
@@ -110,6 +111,17 @@ def page(found: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(part for part in (head, layers(found), ops(found)) if part) + "\n"
 
 
+def between(path: Path) -> str:
+    """What stands between the markers."""
+    return path.read_text().partition(BEGIN)[2].partition(END)[0].strip()
+
+
+def fill(path: Path, text: str) -> None:
+    """Put the text between the markers."""
+    before, _, rest = path.read_text().partition(BEGIN)
+    write(path, f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+
+
 def write(path: Path, text: str) -> None:
     """Replace the file at once."""
     fresh = path.with_suffix(".new")
@@ -121,15 +133,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--write", action="store_true", help="into README.md and results/")
+    parser.add_argument("--write", action="store_true", help="into README.md, docs/ and results/")
     given = parser.parse_args()
     found = records.latest()
     if not given.write:
         print(page(found))
         return 0
-    before, _, rest = README.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    write(README, f"{before}{BEGIN}\n{block(found)}\n{END}{after}")
+    fill(README, block(found))
+    fill(KERNELS, aims.table(found))
     write(PAGE, page(found))
     swept = figure.sweep(found)
     if swept:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import xml.etree.ElementTree as ElementTree
 
-from benchmarks import figure, printed, records, tables
+from benchmarks import aims, figure, printed, records, tables
 from benchmarks.shapes import SHAPES
 
 WHERE = {"device": "Some GPU", "driver": "580", "commit": "abc1234"}
@@ -51,13 +51,28 @@ def test_tables_of_a_sweep():
 
 
 def test_readme_says_what_the_records_say():
-    _, _, rest = tables.README.read_text().partition(tables.BEGIN)
     found = records.latest()
-    assert rest.partition(tables.END)[0].strip() == tables.block(found).strip()
+    assert tables.between(tables.README) == tables.block(found).strip()
+    assert tables.between(tables.KERNELS) == aims.table(found)
     assert tables.PAGE.read_text() == tables.page(found)
     swept = figure.sweep(found)
     assert tables.FIGURE.exists() == bool(swept)
     assert not swept or tables.FIGURE.read_text() == figure.svg(swept)
+
+
+def test_aims_beside_records():
+    found = some_sweep()
+    for record in found:
+        record["device"] = "NVIDIA H100 80GB HBM3"
+    text = {line.split(" | ")[0][2:]: line.split(" | ") for line in aims.table(found).splitlines()}
+    # SERIES puts ours last of six: 7 dense FFNs, replayed at T <= 64.
+    assert text["T=16384, ranks 6 x 64"][1:6] == ["1.09", "1.28", "1.15", "7.00", "missed"]
+    assert text["T=1, ranks 6 x 64, graph replay, us"][4] == "700"
+    assert text["T=16384, ranks 6 x 16"][4:6] == ["", "not measured"]
+    found[3]["results"]["ours, layer"]["ms"] = 6.4
+    assert "| 1.00 | aim reached |" in aims.table(found)
+    assert round(aims.over_compiled(found[3]), 6) == 6
+    assert {aim.shape for aim in aims.AIMS} <= set(SHAPES)
 
 
 def test_records_are_whole():
