@@ -13,6 +13,9 @@
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
 
 namespace flexmore {
 
@@ -24,12 +27,30 @@ inline torch::headeronly::IntHeaderOnlyArrayRef shape(std::initializer_list<int6
     return {sizes.begin(), sizes.size()};
 }
 
+// What an allocation made, or an error in the words of torch's allocators, which callers that retry
+// with less look for: across the stable ABI, the error itself says only where it was met.
+template <class Allocate>
+Tensor allocated(const Tensor& like, std::initializer_list<int64_t> sizes, const Allocate& make) {
+    try {
+        return make();
+    } catch (const std::exception&) {
+        std::ostringstream result;
+        for (const int64_t size : sizes) result << (result.tellp() ? ", " : "") << size;
+        const char* failed =
+            like.is_cuda() ? "CUDA out of memory." : "DefaultCPUAllocator: can't allocate memory.";
+        throw std::runtime_error(std::string(failed) + " Tried to allocate a result of shape (" +
+                                 result.str() + ")");
+    }
+}
+
 // Uninitialised and zeroed tensors on the device of `like`.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-    return torch::stable::new_empty(like, shape(sizes), dtype);
+    return allocated(like, sizes,
+                     [&] { return torch::stable::new_empty(like, shape(sizes), dtype); });
 }
 inline Tensor zeros(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-    return torch::stable::new_zeros(like, shape(sizes), dtype);
+    return allocated(like, sizes,
+                     [&] { return torch::stable::new_zeros(like, shape(sizes), dtype); });
 }
 
 // The accumulator dtype: float64 for float64, float32 for every other.
