@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -257,13 +257,20 @@ def main() -> int:
     for entry in entries:
         entry |= {name: where[name] for name in ("device", "commit", "time", "torch", "triton")}
     kept = {(e["kernel"], e["bytes"], tuple(e["safe"])): e for e in [*before, *entries]}
-    path = given.out or tuning.path(capability)
+    write(given.out, capability, entries=[kept[key] for key in sorted(kept)])
+    return 0
+
+
+def write(out: Path | None, capability: tuple[int, int], **parts: Any) -> None:
+    """The architecture's file with these parts anew, by a rename; an entry a line."""
+    path = out or tuning.path(capability)
+    data = tuning.read(capability) | {"schema": tuning.SCHEMA} | parts
+    lines = ",\n  ".join(json.dumps(entry) for entry in data.pop("entries"))
+    heads = "".join(f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in data.items())
     fresh = path.with_suffix(".new")
-    lines = ",\n  ".join(json.dumps(kept[key]) for key in sorted(kept))
-    fresh.write_text(f'{{\n "schema": {tuning.SCHEMA},\n "entries": [\n  {lines}\n ]\n}}\n')
+    fresh.write_text(f'{{\n{heads} "entries": [\n  {lines}\n ]\n}}\n')
     fresh.replace(path)
     print(f"wrote {path}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -101,3 +101,35 @@ def test_tiles_are_chosen_by_kernel_dtype_and_safe_shape(monkeypatch):
     assert tiles.tile(entry["kernel"], half, safe) == tuned
     assert tiles.tile(entry["kernel"], half, safe, usual=False) == safe
     assert tiles.tile(entry["kernel"], single, safe) == safe
+
+
+def test_a_crossover_is_between_the_ranks_that_were_timed():
+    crossover = pytest.importorskip("benchmarks.crossover").crossover
+    assert crossover({0.5: (10, 12), 0.7: (14, 12), 0.9: (18, 12)}) == pytest.approx(0.6)
+    assert crossover({0.5: (10, 20), 0.7: (12, 20)}) == 1.0
+    assert crossover({0.7: (14, 12), 0.5: (13, 12)}) == 0.5
+
+
+def test_a_file_is_written_whole_and_read_again(tmp_path, monkeypatch):
+    tune = pytest.importorskip("benchmarks.tune")
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    first = [{"kernel": "expand", "bytes": 2, "safe": [128, 128, 64]}]
+    tune.write(None, (8, 0), entries=first)
+    tune.write(None, (8, 0), merge_above={"share": 0.5})
+    assert tuning.read((8, 0)) == {
+        "schema": tuning.SCHEMA, "entries": first, "merge_above": {"share": 0.5},
+    }  # fmt: skip
+    assert tuning.merge_above((8, 0)) == 0.5 and [p.name for p in tmp_path.iterdir()] == [
+        "sm_80.json"
+    ]
+
+
+@pytest.mark.parametrize(
+    "kernel", ["expand", "shrink", "grouped_gemm", "token_mix", "add_expanded"]
+)
+def test_candidates_fit(kernel):
+    tune = pytest.importorskip("benchmarks.tune")
+    found = list(tune.candidates(kernel, Tile(64 if kernel == "token_mix" else 128, 64, 64, 4, 3)))
+    assert 5 < len(found) == len(set(found))
+    for tile in found:
+        assert (tile.rows + tile.columns) * tile.depth * 2 * tile.stages <= tune.SHARED_BYTES
