@@ -7,9 +7,11 @@ import pickle
 
 import pytest
 import torch
+from common import skip_narrow
 
 import reference
 from flexmore_kernels import FlexMoRE, SlowPathWarning, slow_paths, testing
+from flexmore_kernels.checkpoint import expert_weights
 from flexmore_kernels.preparation import merged_weight
 
 RANKS = (0, 3, 24, 0, (5, 0, "full"), (0, 17, 2))
@@ -48,6 +50,21 @@ def test_prepared_layer_computes_the_same(merge, stacked, device, kernels):
         testing.assert_same(prepared, layer(x))
         layer.unprepare()
         testing.assert_same(layer(x), plain)
+
+
+@pytest.mark.parametrize("merge", [None, 16, 0], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_prepared_layer_in_half_precision(dtype, merge, device, kernels):
+    """Given the routing; merged matrices are rounded once more than factors, within the rule."""
+    skip_narrow(kernels, device, dtype)
+    layer, x = make(device=device, dtype=dtype), testing.make_x(60, D, device, dtype)
+    weights = expert_weights(layer.state_dict(), layer.expert_ranks)
+    with torch.no_grad():
+        layer.prepare(merge=merge)
+        y, routing = layer(x, return_routing=True)
+    given = (x, routing.indices, routing.weights, *weights)
+    truth = reference.experts(*testing.to_float64(given))
+    testing.assert_accurate(y, truth, reference.experts(*given))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
