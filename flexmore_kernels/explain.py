@@ -104,7 +104,7 @@ def _measure(
     with schedule.watch() as seen:
         _, routing = layer(x, return_routing=True)
     rows = torch.bincount(routing.indices.flatten(), minlength=len(shape.ranks)).tolist()
-    layouts = _layouts(layer)
+    layouts = _layouts(layer, x)
     work = Work(layouts, rows, tokens, shape.hidden, shape.intermediate, weight.element_size())
     whole, plain = work.whole(), work.dense()
     dense(x)
@@ -132,10 +132,10 @@ def _measure(
     return found
 
 
-def _layouts(layer: FlexMoRE) -> list[tuple[int, ...]]:
+def _layouts(layer: FlexMoRE, x: Tensor) -> list[tuple[int, ...]]:
     """What the forward computes with: of a prepared layer, the copies."""
     found = []
-    for side in layer._expert_weights():
+    for side in layer._expert_weights(x):
         if isinstance(side, StackedFactors):
             pairs = zip(side.full, side.ranks, strict=True)
             found.append(tuple(rank if full is None else FULL for full, rank in pairs))

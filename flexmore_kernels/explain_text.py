@@ -57,7 +57,9 @@ def _explained(one: dict[str, Any]) -> list[str]:
     """One number of tokens in full."""
     parts = [_experts(one), _stages(one), _kernels(one)]
     down = "one product dense in tokens" if one["dense_down"] else "by rows"
-    what = ROUTES[one["route"]] + ("" if one["route"] == "loop" else f"; deltas of down: {down}")
+    what = ROUTES.get(one["route"], "") + (
+        "" if one["route"] == "loop" else f"; deltas of down: {down}"
+    )
     lines = [f"T = {one['tokens']}, route {one['route']} ({what})"]
     return lines + [line for part in parts if part for line in ("", *part)]
 
@@ -68,7 +70,7 @@ def _experts(one: dict[str, Any]) -> list[str]:
         group = list(same)
         counts = [expert["rows"] for expert in group]
         names = _span(group[0]["expert"], group[-1]["expert"])
-        rows.append((names, ranks, _span(min(counts), max(counts)), way, WAYS[way]))
+        rows.append((names, ranks, _span(min(counts), max(counts)), way, WAYS.get(way, "")))
     heads = ("expert", "rank", f"rows ({one['expected_rows']:.0f} expected)", "way", "")
     return _table(heads, rows, left=(3, 4))
 

@@ -166,7 +166,7 @@ class FlexMoRE(Preparable):
         allowed expert or with a NaN logit raises on the CPU and inside `validation()`; elsewhere it
         gets zeros.
         """
-        weights = self._expert_weights()
+        weights = self._expert_weights(x)
         autocast = _autocast_dtype(x)
         base = getattr(self.experts, "0").gate_proj.weight
         dtype = autocast or base.dtype

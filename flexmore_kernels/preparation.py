@@ -19,6 +19,7 @@ from . import tuning
 from .checks import check_int
 from .projection import RANK_MULTIPLE
 from .ragged import StackedFactors, rank_offsets
+from .schedule import DECODE_TOKENS
 from .slow_paths import warn_once
 from .storage import PROJECTIONS
 
@@ -62,7 +63,8 @@ class Preparable(nn.Module):
             merge: which experts with factors get W + B A as a matrix of their own: "auto", those
                 whose largest rank is above the device's crossover, where the pair takes longer than
                 the matrix (tuned/*.json; by operations at D F / (D + F)); an int, those of a larger
-                rank than that; a list of experts, those; None, none.
+                rank than that; a list of experts, those; None, none. Up to 64 tokens wait for the
+                bytes of the weights: they take the factors instead, where those are fewer.
 
         Parameters, state_dict and loading stay as they are: saving a prepared layer saves the
         factors. The copies hold the weights of now. After a write in place, or a new tensor in a
@@ -92,11 +94,13 @@ class Preparable(nn.Module):
     def _live_weights(self) -> Weights:
         return [self.experts.projection(name) for name in PROJECTIONS]
 
-    def _expert_weights(self) -> Weights:
-        """What the forward computes with: the parameters, or the copies where they serve."""
+    def _expert_weights(self, x: Tensor) -> Weights:
+        """What the forward of x computes with: the parameters, or the copies where they serve."""
         weights = self._live_weights()
         copies = self._modules.get("prepared")
         if copies is None:
+            return weights
+        if copies.only_for_many and x.numel() <= DECODE_TOKENS * x.shape[-1]:
             return weights
         if torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(weights)):
             if not torch.compiler.is_compiling():
@@ -136,6 +140,10 @@ class _Copies(nn.Module):
     def __init__(self, weights: Weights, merged: Sequence[int]) -> None:
         super().__init__()
         self.choice: Any = None
+        width, hidden = _full(weights[0])[0].shape
+        ranks = [_largest_ranks(weights)[e] for e in merged]
+        # Up to r = D F / (D + F) factors are fewer bytes, which is what few tokens wait for.
+        self.only_for_many = 0 < max(ranks, default=0) * (width + hidden) <= width * hidden
         self.merged: list[dict[int, str]] = []  # by projection: {expert: name of the buffer}
         self.ranks: list[tuple[int, ...] | None] = []  # None: nothing was copied
         packed: set[int] = set()
@@ -219,10 +227,7 @@ def merged_weight(base: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def _to_merge(merge: Any, weights: Weights) -> tuple[int, ...]:
     """The experts that the argument of `prepare` names, of those that have factors."""
-    pairs = [_pairs(side) for side in weights]
-    ranks = [
-        max(pair[0].shape[0] if pair else 0 for pair in own) for own in zip(*pairs, strict=True)
-    ]
+    ranks = _largest_ranks(weights)
     if merge is None:
         return ()
     if isinstance(merge, str):
@@ -236,6 +241,12 @@ def _to_merge(merge: Any, weights: Weights) -> tuple[int, ...]:
         return tuple(e for e in sorted(experts) if ranks[e])
     least = check_int("merge", merge, 0)
     return tuple(e for e, rank in enumerate(ranks) if rank > least)
+
+
+def _largest_ranks(weights: Weights) -> list[int]:
+    """Each expert's largest rank; 0 without factors."""
+    pairs = zip(*(_pairs(side) for side in weights), strict=True)
+    return [max(pair[0].shape[0] if pair else 0 for pair in own) for own in pairs]
 
 
 def _crossover(device: torch.device) -> float:

@@ -13,6 +13,7 @@ import reference
 from flexmore_kernels import FlexMoRE, SlowPathWarning, slow_paths, testing
 from flexmore_kernels.checkpoint import expert_weights
 from flexmore_kernels.preparation import merged_weight
+from flexmore_kernels.ragged import StackedFactors
 
 RANKS = (0, 3, 24, 0, (5, 0, "full"), (0, 17, 2))
 D, F, K = 32, 48, 3
@@ -39,7 +40,7 @@ def twin(layer, dtype) -> reference.FlexMoRE:
 @stacked_or_apart
 def test_prepared_layer_computes_the_same(merge, stacked, device, kernels):
     """Merging moves a rounding from the activations into W + B A: the rule is the layer's own."""
-    layer, x = make(stacked, device), testing.make_x(40, D, device)
+    layer, x = make(stacked, device), testing.make_x(90, D, device)
     truth = twin(layer, torch.float64)(x.double())
     same = twin(layer, torch.float32)(x)
     with torch.no_grad():
@@ -57,7 +58,7 @@ def test_prepared_layer_computes_the_same(merge, stacked, device, kernels):
 def test_prepared_layer_in_half_precision(dtype, merge, device, kernels):
     """Given the routing; merged matrices are rounded once more than factors, within the rule."""
     skip_narrow(kernels, device, dtype)
-    layer, x = make(device=device, dtype=dtype), testing.make_x(60, D, device, dtype)
+    layer, x = make(device=device, dtype=dtype), testing.make_x(90, D, device, dtype)
     weights = expert_weights(layer.state_dict(), layer.expert_ranks)
     with torch.no_grad():
         layer.prepare(merge=merge)
@@ -133,7 +134,7 @@ def test_state_dict_is_the_same_before_while_and_after(stacked):
 @pytest.mark.parametrize("assign", [False, True])
 @stacked_or_apart
 def test_loading_unprepares(assign, stacked):
-    layer, other, x = make(stacked), make(not stacked), testing.make_x(9, D)
+    layer, other, x = make(stacked), make(not stacked), testing.make_x(99, D)
     layer.prepare(merge=0)
     layer.load_state_dict(other.state_dict(), assign=assign)
     with torch.no_grad():
@@ -154,7 +155,7 @@ WRITES = {
 @pytest.mark.parametrize("name", ["1.gate_proj_a", "2.down_proj_b", "5.up_proj_a", "0.up_proj"])
 def test_stale_copies_are_refused(name, write):
     """A written factor, and the base where something is merged into it."""
-    layer, x = make(), testing.make_x(9, D)
+    layer, x = make(), testing.make_x(99, D)
     layer.prepare(merge=16)
     weight = layer.experts.get_submodule(name).weight
     weight.grad = torch.ones_like(weight)
@@ -168,8 +169,18 @@ def test_stale_copies_are_refused(name, write):
         torch.testing.assert_close(fresh, layer(x))
 
 
+@pytest.mark.parametrize(("merge", "taken"), [([1], "live"), ([2], "merged"), (None, "packed")])
+def test_few_tokens_take_what_is_fewer_bytes(merge, taken):
+    """D F / (D + F) = 19.2: expert 1 is of rank 3, expert 2 of rank 24."""
+    layer = make().requires_grad_(False)
+    layer.prepare(merge=merge)
+    few, many = (layer._expert_weights(testing.make_x(n, D))[0] for n in (64, 65))
+    assert isinstance(many, StackedFactors) and isinstance(few, list) == (taken == "live")
+    assert taken == "live" or (few.full[2] is None) == (taken == "packed")
+
+
 def test_what_is_not_copied_may_change():
-    layer, x = make(), testing.make_x(9, D)
+    layer, x = make(), testing.make_x(99, D)
     layer.prepare(merge=None)
     with torch.no_grad():
         for weight in (layer.gate.weight, *layer.experts.full("gate_proj")):
@@ -181,7 +192,7 @@ def test_what_is_not_copied_may_change():
 
 
 def test_copies_start_unprepared():
-    layer, x = make(), testing.make_x(9, D)
+    layer, x = make(), testing.make_x(99, D)
     layer.prepare(merge=16)
     with torch.no_grad():
         for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
@@ -194,7 +205,7 @@ def test_copies_start_unprepared():
 
 @stacked_or_apart
 def test_moving_and_casting_prepares_again(stacked):
-    layer, x = make(stacked), testing.make_x(9, D)
+    layer, x = make(stacked), testing.make_x(99, D)
     layer.prepare(merge=16)
     kept = list(layer.buffers())
     layer.to("cpu")
@@ -208,7 +219,7 @@ def test_moving_and_casting_prepares_again(stacked):
 
 @stacked_or_apart
 def test_training_unprepares(stacked, monkeypatch):
-    layer, x = make(stacked), testing.make_x(9, D)
+    layer, x = make(stacked), testing.make_x(99, D)
     layer(x).sum().backward()
     wanted = {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
     layer.zero_grad()
@@ -225,7 +236,7 @@ def test_training_unprepares(stacked, monkeypatch):
 @stacked_or_apart
 def test_frozen_experts_serve_prepared_and_pass_gradients_on(stacked, device, kernels):
     layer = make(stacked, device).requires_grad_(False)
-    x = testing.make_x(9, D, device).requires_grad_()
+    x = testing.make_x(99, D, device).requires_grad_()
     wide = x.detach().double().requires_grad_()
     truth = torch.autograd.grad(twin(layer, torch.float64)(wide).sum(), wide)[0]
     same = torch.autograd.grad(twin(layer, torch.float32)(x).sum(), x)[0]
@@ -236,7 +247,7 @@ def test_frozen_experts_serve_prepared_and_pass_gradients_on(stacked, device, ke
 
 @stacked_or_apart
 def test_prepared_layer_compiles_to_one_graph(stacked):
-    layer, x = make(stacked), testing.make_x(9, D)
+    layer, x = make(stacked), testing.make_x(99, D)
     layer.prepare(merge=16)
     with torch.no_grad():
         compiled = torch.compile(layer, fullgraph=True, backend="eager")
@@ -244,7 +255,7 @@ def test_prepared_layer_compiles_to_one_graph(stacked):
 
 
 def test_float32_factors_are_cast_once():
-    layer, x = make(dtype=torch.bfloat16), testing.make_x(9, D, dtype=torch.bfloat16)
+    layer, x = make(dtype=torch.bfloat16), testing.make_x(99, D, dtype=torch.bfloat16)
     for name, parameter in layer.experts.named_parameters():
         if name.endswith(("_a.weight", "_b.weight")):
             parameter.data = parameter.data.float()
@@ -256,8 +267,7 @@ def test_float32_factors_are_cast_once():
 
 
 def test_aligned_stacks_are_read_in_place():
-    layer = make(True, ranks=(0, 4, 8))
-    assert layer.prepare(merge=None).nbytes == 0
+    assert make(True, ranks=(0, 4, 8)).prepare(merge=None).nbytes == 0
 
 
 @pytest.mark.gpu
