@@ -7,6 +7,7 @@ those of floors.py, by rates measured in the same run; rows are those of the rou
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -53,6 +54,7 @@ def run(
     merge: False for a layer as it is, else what `prepare` takes.
     """
     torch.manual_seed(0)
+    warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
     say("measuring copy and matmul of the device")
     roofs = floors.measure(device)
     say("making the layer")
@@ -176,7 +178,7 @@ def _kernels(layer: FlexMoRE, x: Tensor) -> list[dict[str, Any]]:
     from torch.profiler import ProfilerActivity, profile
 
     calls = 3
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
         for _ in range(calls):
             layer(x)
         torch.cuda.synchronize()

@@ -93,7 +93,8 @@ def _kernels(one: dict[str, Any]) -> list[str]:
     total = sum(kernel["us"] for kernel in one["kernels"])
     rows = []
     for kernel in one["kernels"][:KERNELS_SHOWN]:
-        name = kernel["kernel"].removeprefix("void ").split("(")[0].replace("flexmore::cuda::", "")
+        name = kernel["kernel"].removeprefix("void ").replace("(anonymous namespace)::", "")
+        name = name.split("(")[0].replace("flexmore::cuda::", "")
         name = name if len(name) <= 60 else f"{name[:57]}..."
         us, calls = kernel["us"], f"{kernel['calls']:.3g}"
         rows.append((name, calls, _time(us / 1e3), f"{us / total:.0%}"))

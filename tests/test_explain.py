@@ -108,7 +108,9 @@ def test_the_text_says_all_of_it():
                  "one after the other", "rows (144 expected)", "dense FFN"):  # fmt: skip
         assert word in text
     assert max(map(len, text.splitlines())) <= 120
-    report["tokens"][0]["kernels"] = [{"kernel": "void f(int)", "us": 1500.0, "calls": 2.0}]
+    report["tokens"][0]["kernels"] = [
+        {"kernel": "void (anonymous namespace)::f(int)", "us": 1500.0, "calls": 2.0}
+    ]
     line = explain_text.as_text(report).partition("launches")[2].splitlines()[1]
     assert line.split() == ["f", "2", "1.5", "ms", "100%"]
 
