@@ -60,6 +60,11 @@ STABLE_TORCH_LIBRARY(flexmore_native, m) {
     m.def(
         "swiglu_accumulate(Tensor(a!) mixed, Tensor gate, Tensor up, Tensor weights,"
         " Tensor row_to_slot, int top_k) -> Tensor");
+
+    m.def(
+        "grouped_gemm(Tensor[] left, Tensor[] right, Tensor[] base, Tensor(a!)[] out,"
+        " int[] experts, int[] places, Tensor row_offsets, Tensor row_to_slot, Tensor? weights,"
+        " int top_k, int place, bool gated, int pair, int group) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flexmore_native, CompositeExplicitAutograd, m) {

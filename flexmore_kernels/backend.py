@@ -121,6 +121,23 @@ def kernels(stem: str, tensor: Tensor, function: str = "", num_experts: int = 0)
     return _module(name, stem)
 
 
+def hopper(stem: str, tensor: Tensor) -> ModuleType | None:
+    """The library's kernels of `stem` for compute capability 9.0 and 16-bit floats; None where they
+    cannot run on the tensor, or others are asked for by `use`.
+    """
+    if tensor.device.type != "cuda" or tensor.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    if (_forced and _forced[-1] != "native") or not _hopper_runs(tensor.device):
+        return None
+    return _module("native", stem)
+
+
+@functools.cache
+def _hopper_runs(device: torch.device) -> bool:
+    capable = torch.cuda.get_device_capability(device) == (9, 0)
+    return capable and native.cuda_runs_on(device.index)
+
+
 def why_not(name: str, stem: str, device: torch.device | str) -> str | None:
     """Why these kernels cannot run `stem` on `device`; None if they can, preferred or not."""
     kind = torch.device(device).type

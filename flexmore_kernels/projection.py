@@ -64,6 +64,19 @@ class Projection(NamedTuple):
         factors = tuple((next(entries), next(entries)) for _ in self.factors)
         return Projection(full, factors, self.layout, self.stacked)
 
+    def without(self, experts: Sequence[int]) -> Projection:
+        """The same, but these experts (not 0) have no delta; views of factors, unstacked."""
+        if not any(self.layout[e] for e in experts):
+            return self
+        left = [e not in experts or e == 0 for e in range(len(self.layout))]
+        pairs = zip(self.factor_pairs(), left, strict=True)
+        return Projection(
+            tuple(w if keep else None for w, keep in zip(self.full, left, strict=True)),
+            tuple(pair for pair, keep in pairs if pair is not None and keep),
+            tuple(kind if keep else 0 for kind, keep in zip(self.layout, left, strict=True)),
+            False,
+        )
+
     def factor_pairs(self) -> list[tuple[Any, Any] | None]:
         """Each expert's own (a, b), or None; views of the stacked ones."""
         if not self.stacked:

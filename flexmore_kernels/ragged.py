@@ -141,3 +141,25 @@ def ranks_tensor(ranks: tuple[int, ...], device: torch.device) -> Tensor:
 def rank_offsets_tensor(ranks: tuple[int, ...], device: torch.device) -> Tensor:
     """rank_offsets as an int32 tensor (E + 1,) on the device, made once per (ranks, device)."""
     return _device_ints(rank_offsets(ranks), device)
+
+
+SORTED, SEGMENT, TOKEN = 0, 1, 2
+"""Where row i of an expert's segment is: at its sorted row, at i, at its token's row."""
+
+
+class Term(NamedTuple):
+    """left right^T + base for the rows of an expert; each part may be missing."""
+
+    left: Tensor | None = None  # (rows, depth)
+    right: Tensor | None = None  # (width, depth); what it lacks of left's depth or out's width: 0
+    base: Tensor | None = None  # (T, width), added by token
+    place: int = SORTED  # of left's rows, not TOKEN
+
+
+class RowProducts(NamedTuple):
+    """Work on the rows of one expert (-1: on all rows), which goes to `out`."""
+
+    expert: int
+    out: Tensor
+    first: Term
+    second: Term = Term()

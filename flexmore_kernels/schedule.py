@@ -8,7 +8,7 @@ Routes, of the whole forward:
     token-major   few experts: tokens stay in order, sums of small ranks are dense in them
     expert-major  many experts: rows sorted by expert
     loop          plain PyTorch, one expert after the other
-Ways, of one expert's gate and up:
+Ways, of one expert:
     base     no delta of its own: what the base computes for every token serves it
     fused    small ranks: expanded where the hidden sum is formed, no row of it is gathered
     grouped  larger ranks: ragged products over its own rows
@@ -34,12 +34,18 @@ FUSED_RANK = 64
 """One block of rank columns: a step of the token-major kernels is one product a projection."""
 
 
+OWN_TOKENS = 512
+"""From so many tokens on, experts that cannot be fused have rows of their own while others are
+fused; with fewer, their rows do not fill large tiles, and all experts go one way."""
+
+
 class Schedule(NamedTuple):
     """What `choose` decided; the module's text has the names."""
 
     route: str
     ways: tuple[str, ...]  # E
     dense_down: bool  # the down deltas as one product dense in tokens, not by rows
+    own: tuple[int, ...] = ()  # experts whose rows are sorted while others' tokens stay in order
 
     @property
     def all_fused(self) -> bool:
@@ -66,8 +72,9 @@ def choose(
         kernels: which can be used, of `backend.NAMES`; "native" is the library's on this GPU.
         saves: whether what the backward needs is kept.
     """
-    few = tokens <= DECODE_TOKENS and not saves
-    how = _choose(tuple(map(tuple, layouts)), few, top_k, hidden, width, dtype, tuple(kernels))
+    few, many = tokens <= DECODE_TOKENS and not saves, tokens >= OWN_TOKENS
+    layouts, kernels = tuple(map(tuple, layouts)), tuple(kernels)
+    how = _choose(layouts, few, many, top_k, hidden, width, dtype, kernels)
     for seen in _watching:
         seen.append(how)
     return how
@@ -88,7 +95,7 @@ def watch() -> Iterator[list[Schedule]]:
 
 
 @functools.lru_cache(maxsize=256)
-def _choose(layouts, few, top_k, hidden, width, dtype, kernels) -> Schedule:
+def _choose(layouts, few, many, top_k, hidden, width, dtype, kernels) -> Schedule:
     gate, up, down = layouts
     by_set = len(gate) <= MAX_SET_EXPERTS
     if few and "native" in kernels:
@@ -97,6 +104,10 @@ def _choose(layouts, few, top_k, hidden, width, dtype, kernels) -> Schedule:
         route = "token-major" if by_set else "expert-major"
     else:
         route = "loop"
+    if route == "token-major" and many and len(gate) > 1:
+        ways = _mixed_ways(layouts)
+        own = tuple(e for e, way in enumerate(ways) if way in ("grouped", "full"))
+        return Schedule(route, ways, True, own)
     pairs = list(zip(gate[1:], up[1:], strict=True))
     small = all(0 <= rank <= FUSED_RANK for pair in pairs for rank in pair)
     low_rank = "fused" if by_set and small and route != "loop" else "grouped"
@@ -108,3 +119,14 @@ def _way(pair: tuple[int, int], low_rank: str) -> str:
     if FULL in pair:
         return "full"
     return low_rank if any(pair) else "base"
+
+
+def _mixed_ways(layouts: tuple[tuple[int, ...], ...]) -> tuple[str, ...]:
+    """Each expert by its own three entries; the base is full-size as others if none shares it."""
+    ways = []
+    for entries in list(zip(*layouts, strict=True))[1:]:
+        small = "fused" if any(entries) else "base"
+        large = "grouped" if max(entries) > FUSED_RANK else small
+        ways.append("full" if FULL in entries else large)
+    shared = [any(kind != FULL for kind in side[1:]) for side in layouts]
+    return ("base" if (shared[0] or shared[1]) and shared[2] else "full", *ways)

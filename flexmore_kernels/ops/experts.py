@@ -160,23 +160,35 @@ def _experts(x, indices, weights, tensors, layout, stacked, saves):
     y, gate, up = backend.kernels(_kernels, x).forward(
         contiguous("x", x), indices, weights.contiguous(), unflatten(tensors, layout, stacked)
     )
-    return (y, gate, up) if saves else (y, x.new_empty((0, 0)), x.new_empty((0, 0)))
+    if saves and _shares_base(layout):
+        return y, gate, up
+    return y, x.new_empty((0, 0)), x.new_empty((0, 0))
+
+
+def _shares_base(layout) -> bool:
+    """Whether an expert besides 0 uses the base's gate and up, so that G and U are saved."""
+    num_experts = len(layout) // 3
+    gate, up = layout[1:num_experts], layout[num_experts + 1 : 2 * num_experts]
+    return num_experts == 1 or any(kind != FULL for kind in (*gate, *up))
 
 
 def _experts_fake(x, indices, weights, tensors, layout, stacked, saves):
-    shape = (x.shape[0], tensors[0].shape[0]) if saves else (0, 0)
+    shape = (x.shape[0], tensors[0].shape[0]) if saves and _shares_base(layout) else (0, 0)
     return x.new_empty(x.shape), x.new_empty(shape), x.new_empty(shape)
 
 
 def _experts_backward(dy, x, indices, weights, gate, up, tensors, layout, stacked, needs):
+    x, sides = x.contiguous(), unflatten(tensors, layout, stacked)
+    if not _shares_base(layout):
+        gate, up = (x @ side.full[0].T for side in sides[:2])
     dx, dweights, sides = backend.kernels(_kernels, x).backward(
         dy.contiguous(),
-        x.contiguous(),
+        x,
         indices,
         weights.contiguous(),
         gate,
         up,
-        unflatten(tensors, layout, stacked),
+        sides,
         needs[:2],
         unflatten(needs[2:], layout, stacked),
     )

@@ -1,0 +1,228 @@
+// The tiles of grouped_gemm.cu: what a launch is given, the order of tiles, the copying thread's
+// loop, a product, and a warpgroup's result in registers.
+#pragma once
+
+#include "tensor_map.cuh"
+
+namespace flexmore::cuda {
+
+constexpr int kGroups = 2;  // warpgroups that multiply
+constexpr int kRows = kGroups * 64, kColumns = 256;
+constexpr int kStages = 4;
+constexpr int kThreads = (1 + kGroups) * kWarpgroup;
+constexpr int kMaxProblems = 16;
+
+// Where row i of an expert's segment is: at its sorted row, at i, or at its token's.
+enum Place : int { kSorted = 0, kSegment = 1, kToken = 2 };
+
+struct Product {
+    CUtensorMap left, right;
+    const void* base;
+    int steps;  // of kDepth
+    int place;  // of the left operand's rows
+};
+struct Problem {
+    Product product[2];
+    void* out;
+    int64_t out_stride;
+    int expert, rows, columns;  // expert -1: all of `rows`
+};
+struct Problems {
+    Problem problem[kMaxProblems];
+    const int32_t *row_offsets, *row_to_slot;
+    const float* weights;  // a slot's, of the result; or null
+    int count, top_k, place, group;
+};
+
+struct Shared {
+    alignas(1024) unsigned char left[kStages][kRows * kDepth * 2];
+    alignas(1024) unsigned char right[kStages][kColumns * kDepth * 2];
+    Barrier full[kStages], empty[kStages];
+    int first[kMaxProblems + 1], begin[kMaxProblems], rows[kMaxProblems];
+};
+constexpr int kStageBytes = (kRows + kColumns) * kDepth * 2;
+
+// A tile of the cluster: rows [row, row + Blocks kRows) of a segment that begins at `begin`.
+struct Tile {
+    int problem, begin, rows, row, column;
+};
+
+// Tile `index`; a problem's tiles go down `group` row tiles before they go to the next column.
+template <int Blocks>
+__device__ Tile find(const Problems& p, const Shared& sh, int index) {
+    int q = 0;
+    while (index >= sh.first[q + 1]) ++q;
+    index -= sh.first[q];
+    const int across = (p.problem[q].columns + kColumns - 1) / kColumns;
+    const int down = (sh.rows[q] + Blocks * kRows - 1) / (Blocks * kRows);
+    const int group = index / (p.group * across) * p.group, rest = index % (p.group * across);
+    const int size = min(p.group, down - group);
+    return {q, sh.begin[q], sh.rows[q], (group + rest % size) * Blocks * kRows,
+            rest / size * kColumns};
+}
+
+template <int Blocks>
+__device__ void copy_operands(const Problems& p, Shared& sh, int cluster, int clusters) {
+    const int block = Blocks == 1 ? 0 : block_in_cluster();
+    Ring<kStages> ring;
+    for (int index = cluster; index < sh.first[p.count]; index += clusters) {
+        const Tile tile = find<Blocks>(p, sh, index);
+        const int row = tile.row + block * kRows;
+        for (int i = 0; i < 2; ++i) {
+            const Product& product = p.problem[tile.problem].product[i];
+            const int left_row = row + (product.place == kSorted ? tile.begin : 0);
+            for (int step = 0; step < product.steps; ++step) {
+                sh.empty[ring.slot].wait(ring.parity ^ 1);
+                Barrier* full = &sh.full[ring.slot];
+                full->arrive_expecting(kStageBytes);
+                copy_box<1>(sh.left[ring.slot], product.left, step * kDepth, left_row, full);
+                constexpr int kPart = kColumns / Blocks;
+                copy_box<Blocks>(sh.right[ring.slot] + block * kPart * kDepth * 2, product.right,
+                                 step * kDepth, tile.column + block * kPart, full);
+                ring.next();
+            }
+        }
+    }
+}
+
+template <int Blocks>
+__device__ __forceinline__ void release(Barrier* empty) {
+    const int lane = threadIdx.x % 32;
+    if constexpr (Blocks == 1) {
+        if (lane == 0) empty->arrive();
+    } else {
+        if (lane < Blocks) arrive_at(empty, lane);
+    }
+}
+
+__device__ __forceinline__ void clear(float (&sum)[128]) {
+#pragma unroll
+    for (int i = 0; i < 128; ++i) sum[i] = 0;
+}
+
+// sum += the next `steps` stages' left right^T.
+template <class T, int Blocks>
+__device__ __forceinline__ void multiply(Shared& sh, Ring<kStages>& ring, int steps,
+                                         float (&sum)[128]) {
+    const int group = threadIdx.x / kWarpgroup - 1;
+    Barrier* before = nullptr;
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+        sh.full[ring.slot].wait(ring.parity);
+        const uint32_t left = shared_address(sh.left[ring.slot]) + group * 64 * kDepth * 2;
+        const uint32_t right = shared_address(sh.right[ring.slot]);
+        products_begin();
+#pragma unroll
+        for (int k = 0; k < kDepth / 16; ++k) {
+            large_product<T>(sum, swizzled_operand(left + 32 * k),
+                             swizzled_operand(right + 32 * k));
+        }
+        products_commit();
+        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");  // one step stays on its way
+        if (before) release<Blocks>(before);
+        before = &sh.empty[ring.slot];
+        ring.next();
+    }
+    products_wait<0>(sum);
+    if (before) release<Blocks>(before);
+}
+
+template <class T>
+__device__ __forceinline__ float2 unpack(uint32_t pair) {
+    if constexpr (std::is_same_v<T, __half>) {
+        return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+    } else {
+        return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u)};
+    }
+}
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+    if constexpr (std::is_same_v<T, __half>) {
+        const __half2 pair = __floats2half2_rn(low, high);
+        return *reinterpret_cast<const uint32_t*>(&pair);
+    } else {
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+        return *reinterpret_cast<const uint32_t*>(&pair);
+    }
+}
+
+// g sigmoid(g); for bfloat16 by one special-function instruction, in error 2^-12 |g| at most, an
+// eighth of a rounding.
+template <class T>
+__device__ __forceinline__ float silu(float g) {
+    if constexpr (std::is_same_v<T, __half>) {
+        return __fdividef(g, 1.0f + __expf(-g));
+    } else {
+        float t;
+        asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(0.5f * g));
+        return fmaf(0.5f * g, t, 0.5f * g);
+    }
+}
+
+// Among the four threads that share a row of a product's result: words[m] of thread q and words[q]
+// of thread m change places. So 4 pairs of columns, 8 apart, and 8 columns in a row are the same.
+__device__ __forceinline__ void exchange(uint32_t (&words)[4]) {
+    const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+#pragma unroll
+    for (int m = 0; m < 4; m += 2) {
+        const uint32_t other = __shfl_xor_sync(kFullWarp, odd ? words[m] : words[m + 1], 1);
+        (odd ? words[m] : words[m + 1]) = other;
+    }
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+        const uint32_t other = __shfl_xor_sync(kFullWarp, upper ? words[m] : words[m + 2], 2);
+        (upper ? words[m] : words[m + 2]) = other;
+    }
+}
+
+// What a thread holds of its warpgroup's 64 x 256: of 2 rows 8 times 32 columns, in pairs.
+struct Mine {
+    int row[2];  // of the segment
+    int slot[2];
+    int column;  // its first 8 of 32
+};
+
+template <int Blocks>
+__device__ __forceinline__ Mine find_mine(const Problems& p, const Tile& tile, bool needs_slot) {
+    int thread;  // asked anew, not kept in a register
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    const int lane = thread % 32, block = Blocks == 1 ? 0 : block_in_cluster();
+    Mine mine;
+    mine.column = tile.column + lane % 4 * 8;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        mine.row[i] = tile.row + block * kRows + (thread - kWarpgroup) / 32 * 16 + lane / 4 + 8 * i;
+        mine.slot[i] =
+            needs_slot && mine.row[i] < tile.rows ? p.row_to_slot[tile.begin + mine.row[i]] : 0;
+    }
+    return mine;
+}
+
+// Of row I the token's row of a base, as many columns as a thread holds; what does not exist is
+// anything.
+using Loaded = uint4[8];
+template <class T>
+__device__ __forceinline__ void load_base(Loaded& words, const void* base, int slot, int top_k,
+                                          int column, int columns) {
+    const T* row = static_cast<const T*>(base) + int64_t(slot / top_k) * columns;
+#pragma unroll
+    for (int b = 0; b < 8; ++b) {
+        words[b] = load_now(row + min(column + 32 * b, columns - 8));
+    }
+}
+template <class T, int I>
+__device__ __forceinline__ void add_base(float (&sum)[128], const Loaded& loaded) {
+#pragma unroll
+    for (int b = 0; b < 8; ++b) {
+        uint32_t words[4] = {loaded[b].x, loaded[b].y, loaded[b].z, loaded[b].w};
+        exchange(words);
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+            const float2 pair = unpack<T>(words[m]);
+            const int at = 4 * (4 * b + m) + 2 * I;
+            sum[at] += pair.x, sum[at + 1] += pair.y;
+        }
+    }
+}
+
+}  // namespace flexmore::cuda

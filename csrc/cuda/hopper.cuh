@@ -1,0 +1,179 @@
+// What Hopper's kernels share: barriers in shared memory, bulk copies, matrix products of a
+// warpgroup. PTX ISA, sections on mbarrier, cp.async.bulk and wgmma. Compiled for sm_90a alone.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace flexmore::cuda {
+
+constexpr int kWarpgroup = 128;
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// A barrier of `count` arrivals in 8 bytes of shared memory; its phases alternate parity.
+struct Barrier {
+    uint64_t word;
+
+    __device__ __forceinline__ void init(int count) {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(this)),
+                     "r"(count));
+    }
+    __device__ __forceinline__ void arrive() {
+        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(this))
+                     : "memory");
+    }
+    // Arrives, and the phase waits for so many bytes of bulk copies besides.
+    __device__ __forceinline__ void arrive_expecting(int bytes) {
+        asm volatile(
+            "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)),
+            "r"(bytes)
+            : "memory");
+    }
+    __device__ __forceinline__ void wait(int parity) {
+        asm volatile(
+            "{\n"
+            ".reg .pred done;\n"
+            "again:\n"
+            "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+            "@!done bra again;\n"
+            "}\n" ::"r"(shared_address(this)),
+            "r"(parity)
+            : "memory");
+    }
+};
+
+// Which of `Slots` ring entries is next, and the parity of its barrier's phase. Who takes every
+// Stride-th entry starts at one of the first.
+template <int Slots, int Stride = 1>
+struct Ring {
+    int slot = 0, parity = 0;
+
+    __device__ __forceinline__ void next() {
+        slot += Stride;
+        if (slot >= Slots) {
+            slot -= Slots;
+            parity ^= 1;
+        }
+    }
+};
+
+// Makes barriers' initial state visible to bulk copies, and this thread's stores to shared memory
+// to copies and matrix products that are issued after the next barrier.
+__device__ __forceinline__ void fence_barrier_init() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+__device__ __forceinline__ void fence_async_proxy() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Copies `bytes` (a multiple of 16, both ends aligned to 16) and counts them on the barrier.
+__device__ __forceinline__ void copy_bulk(void* to, const void* from, int bytes, Barrier* barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+            "r"(shared_address(to)),
+        "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier))
+        : "memory");
+}
+
+// 16 bytes that are read once: not kept in L1, and issued here, not where they are first used.
+__device__ __forceinline__ uint4 load_once(const void* from) {
+    uint4 words;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+                 : "l"(__cvta_generic_to_global(from)));
+    return words;
+}
+
+// Stores four 8 x 8 blocks of 16-bit elements; lane l gives the address of row l % 8 of block l /
+// 8, and two elements of each block, of row l / 4, columns l % 4 * 2 and the next.
+__device__ __forceinline__ void store_blocks(uint32_t address, uint32_t a, uint32_t b, uint32_t c,
+                                             uint32_t d) {
+    asm volatile(
+        "stmatrix.sync.aligned.m8n8.x4.shared::cta.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+        "r"(a), "r"(b), "r"(c), "r"(d)
+        : "memory");
+}
+
+template <int Registers>
+__device__ __forceinline__ void fewer_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
+}
+template <int Registers>
+__device__ __forceinline__ void more_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
+}
+
+// ---- Matrix operands in shared memory: 8 x 8 blocks of 128 contiguous bytes (8 rows of 16 bytes),
+// the blocks of a band of 8 rows one after the other along the summed dimension.
+
+// Byte offset of the 16 bytes at (row, 8 * group) of an operand of `depth` summed columns.
+__host__ __device__ __forceinline__ constexpr int operand_offset(int row, int group, int depth) {
+    return (row / 8 * (depth / 8) + group) * 128 + row % 8 * 16;
+}
+
+__device__ __forceinline__ uint64_t operand(uint32_t address, int depth) {
+    const uint64_t along = 128 >> 4, across = (depth / 8 * 128) >> 4;
+    return uint64_t((address & 0x3FFFF) >> 4) | along << 16 | across << 32;
+}
+
+__device__ __forceinline__ void products_begin() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void products_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+// Waits until at most `Left` committed groups are on their way; then d may be used.
+template <int Left, int Size>
+__device__ __forceinline__ void products_wait(float (&d)[Size]) {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Left) : "memory");
+#pragma unroll
+    for (int i = 0; i < Size; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// d (64 x N, N / 2 registers a thread) += a (64 x 16) b (N x 16)^T. Thread t of the warpgroup
+// holds, for j < N / 8, rows t / 32 * 16 + t % 32 / 4 (d[4 j], d[4 j + 1]) and 8 below (d[4 j + 2],
+// d[4 j + 3]), columns 8 j + t % 4 * 2 and the next.
+#define FM_REGISTERS_8(i)                                                                       \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+        "+f"(d[i + 6]), "+f"(d[i + 7])
+#define FM_PRODUCT(N, TYPE, NAMES, A, B, ONE, ...)                                          \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ONE                                \
+                 ", 0;\n"                                                                   \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" NAMES \
+                 "}, " A ", " B ", add, 1, 1, 0, 0;\n}\n"                                   \
+                 : __VA_ARGS__                                                              \
+                 : "l"(a), "l"(b), "r"(1))
+#define FM_PRODUCT_OF_TYPE(N, NAMES, A, B, ONE, ...)          \
+    if constexpr (std::is_same_v<T, __half>) {                \
+        FM_PRODUCT(N, "f16", NAMES, A, B, ONE, __VA_ARGS__);  \
+    } else {                                                  \
+        FM_PRODUCT(N, "bf16", NAMES, A, B, ONE, __VA_ARGS__); \
+    }
+template <class T>
+__device__ __forceinline__ void product(float (&d)[8], uint64_t a, uint64_t b) {
+    FM_PRODUCT_OF_TYPE(16, "%0,%1,%2,%3,%4,%5,%6,%7", "%8", "%9", "%10", FM_REGISTERS_8(0))
+}
+template <class T>
+__device__ __forceinline__ void product(float (&d)[16], uint64_t a, uint64_t b) {
+    FM_PRODUCT_OF_TYPE(32, "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15", "%16", "%17",
+                       "%18", FM_REGISTERS_8(0), FM_REGISTERS_8(8))
+}
+template <class T>
+__device__ __forceinline__ void product(float (&d)[32], uint64_t a, uint64_t b) {
+    FM_PRODUCT_OF_TYPE(64,
+                       "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,"
+                       "%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31",
+                       "%32", "%33", "%34", FM_REGISTERS_8(0), FM_REGISTERS_8(8),
+                       FM_REGISTERS_8(16), FM_REGISTERS_8(24))
+}
+#undef FM_REGISTERS_8
+#undef FM_PRODUCT
+#undef FM_PRODUCT_OF_TYPE
+
+}  // namespace flexmore::cuda

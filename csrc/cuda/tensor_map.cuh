@@ -1,0 +1,149 @@
+// What Hopper's large tiles need besides hopper.cuh: tensor maps and the copies that use them,
+// pairs of blocks, and products of 64 x 256 from operands in the 128-byte swizzled layout.
+#pragma once
+
+#include <cuda.h>
+
+#include "common.cuh"
+#include "hopper.cuh"
+
+namespace flexmore::cuda {
+
+constexpr int kDepth = 64;  // summed columns of a tile in shared memory: 128 bytes of a row
+
+// A (rows, columns) matrix of 16-bit elements whose rows are `stride` elements apart, copied in
+// boxes of `box` rows and kDepth columns; what lies outside reads as zero.
+inline CUtensorMap tensor_map(const void* data, ScalarType dtype, int64_t rows, int64_t columns,
+                              int64_t stride, int box) {
+    using Encode =
+        CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                     const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
+                     CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+    static const Encode encode = [] {
+        void* found = nullptr;
+        cudaDriverEntryPointQueryResult result;
+        check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000,
+                                                    cudaEnableDefault, &result),
+                   "cuTensorMapEncodeTiled");
+        STD_TORCH_CHECK(result == cudaDriverEntryPointSuccess, "cuTensorMapEncodeTiled is missing");
+        return reinterpret_cast<Encode>(found);
+    }();
+    CUtensorMap map;
+    const cuuint64_t sizes[2] = {cuuint64_t(columns), cuuint64_t(rows)};
+    const cuuint64_t strides[1] = {cuuint64_t(stride) * 2};
+    const cuuint32_t boxes[2] = {kDepth, cuuint32_t(box)}, steps[2] = {1, 1};
+    const CUresult error =
+        encode(&map,
+               dtype == ScalarType::Half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                         : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+               2, const_cast<void*>(data), sizes, strides, boxes, steps,
+               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    STD_TORCH_CHECK(error == CUDA_SUCCESS, "cuTensorMapEncodeTiled: error ", int(error), " for ",
+                    rows, " x ", columns, ", stride ", stride);
+    return map;
+}
+
+// Copies the map's box at (row, column) and counts its bytes on the barrier; with Blocks > 1 into
+// the same place of every block of the cluster, on each one's barrier.
+template <int Blocks>
+__device__ __forceinline__ void copy_box(void* to, const CUtensorMap& map, int column, int row,
+                                         Barrier* barrier) {
+    if constexpr (Blocks == 1) {
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+            "[%0], [%1, {%3, %4}], [%2];" ::"r"(shared_address(to)),
+            "l"(reinterpret_cast<uint64_t>(&map)), "r"(shared_address(barrier)), "r"(column),
+            "r"(row)
+            : "memory");
+    } else {
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+            ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(to)),
+            "l"(reinterpret_cast<uint64_t>(&map)), "r"(shared_address(barrier)), "r"(column),
+            "r"(row), "h"(uint16_t((1 << Blocks) - 1))
+            : "memory");
+    }
+}
+__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(&map)) : "memory");
+}
+// 16 bytes, loaded here, not where they are first used.
+__device__ __forceinline__ uint4 load_now(const void* from) {
+    uint4 words;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+                 : "l"(__cvta_generic_to_global(from)));
+    return words;
+}
+// Brings `bytes` (a multiple of 16, as the address) to L2.
+__device__ __forceinline__ void prefetch_bulk(const void* from, int bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)),
+                 "r"(bytes)
+                 : "memory");
+}
+
+__device__ __forceinline__ int block_in_cluster() {
+    uint32_t rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return int(rank);
+}
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile(
+        "barrier.cluster.arrive.release.aligned;\n"
+        "barrier.cluster.wait.acquire.aligned;" ::
+            : "memory");
+}
+// Arrives at the barrier in the same place of another block of the cluster, to say that what it
+// guards was read: no fence, as .release.cluster would make, since nothing was written.
+__device__ __forceinline__ void arrive_at(Barrier* barrier, int block) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+        "}\n" ::"r"(shared_address(barrier)),
+        "r"(block)
+        : "memory");
+}
+
+// An operand of rows of 128 bytes as tensor maps write it: 16-byte groups swizzled by the row's
+// last three bits. Tiles start at multiples of 1024 bytes; column 16 k is 32 k bytes on.
+__device__ __forceinline__ uint64_t swizzled_operand(uint32_t address) {
+    return uint64_t((address & 0x3FFFF) >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 |
+           uint64_t(1) << 62;
+}
+
+// d (64 x 256) += a (64 x 16) b (256 x 16)^T; where d's elements are: as `product`.
+#define FM_8(i)                                                                                 \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+        "+f"(d[i + 6]), "+f"(d[i + 7])
+#define FM_64(i)                                                                                \
+    FM_8(i), FM_8(i + 8), FM_8(i + 16), FM_8(i + 24), FM_8(i + 32), FM_8(i + 40), FM_8(i + 48), \
+        FM_8(i + 56)
+#define FM_LARGE_PRODUCT(TYPE)                                                                     \
+    asm volatile(                                                                                  \
+        "{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n"                                             \
+        "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE                               \
+        " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23," \
+        "%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45," \
+        "%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67," \
+        "%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89," \
+        "%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,"    \
+        "%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,"    \
+        "%126,%127}, %128, %129, add, 1, 1, 0, 0;\n}\n"                                            \
+        : FM_64(0), FM_64(64)                                                                      \
+        : "l"(a), "l"(b))
+template <class T>
+__device__ __forceinline__ void large_product(float (&d)[128], uint64_t a, uint64_t b) {
+    if constexpr (std::is_same_v<T, __half>) {
+        FM_LARGE_PRODUCT("f16");
+    } else {
+        FM_LARGE_PRODUCT("bf16");
+    }
+}
+#undef FM_8
+#undef FM_64
+#undef FM_LARGE_PRODUCT
+
+}  // namespace flexmore::cuda

@@ -1,0 +1,114 @@
+"""One call's plan, packed factors and raw kernels, as the forward and the backward share them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backend
+from ..projection import FULL, RANK_MULTIPLE, Projection
+from ..ragged import MAX_SET_EXPERTS, RoutingPlan, packed_size, ranks_tensor
+
+
+class Packed(NamedTuple):
+    """One projection's factors as the kernels read them."""
+
+    a: Tensor  # (R, in)
+    b: Tensor  # (out, R)
+    ranks: tuple[int, ...]  # padded
+
+    @property
+    def any(self) -> bool:
+        return any(self.ranks)
+
+
+class Routed:
+    """The plan, packed factors and raw kernels of one call."""
+
+    def __init__(self, x: Tensor, indices: Tensor, sides: list[Projection]) -> None:
+        self.x = x
+        self.sides = sides
+        self.top_k = indices.shape[1]
+        num_experts = len(sides[0].full)
+        by_set = num_experts <= MAX_SET_EXPERTS
+        maps = backend.kernels("routing", x).make_plan(indices.contiguous(), num_experts, by_set)
+        self.plan = RoutingPlan(indices, *maps, num_experts, self.top_k)
+        self.packed = [
+            Packed(*side.pack(RANK_MULTIPLE), side.padded_ranks(RANK_MULTIPLE)) for side in sides
+        ]
+        self.lowrank = backend.kernels("lowrank", x)
+        self.permutation = backend.kernels("permutation", x)
+        self.mix = backend.kernels("gated_mix", x)
+
+    def shrink(self, x, a, ranks, gather=False, weights=None) -> Tensor:
+        plan = self.plan
+        size = packed_size(ranks, plan.num_tokens, self.top_k)
+        return self.lowrank.shrink(
+            x, a, plan.row_offsets, ranks, plan.row_to_slot, self.top_k, size, gather, weights
+        )
+
+    def expand(self, z, b, ranks, base=None, gather=False) -> Tensor:
+        plan = self.plan
+        return self.lowrank.expand(
+            z, b, plan.row_offsets, ranks, plan.num_rows, base, plan.row_to_slot, self.top_k, gather
+        )
+
+    def factor_grad(self, z, x, ranks, needs, gather=False) -> Tensor | None:
+        """Gradient of the packed factors; `needs` says of which, None if of none."""
+        if not any(needs):
+            return None
+        plan, wanted = self.plan, None
+        if len(needs) > 1:
+            experts = [e for e, rank in enumerate(ranks) if rank]
+            wanted = tuple(e for e, need in zip(experts, needs, strict=True) if need)
+        maps = (plan.row_offsets, ranks, plan.row_to_slot, self.top_k)
+        return self.lowrank.factor_grad(z, x, *maps, gather, wanted)
+
+    def full_rows(self, x: Tensor, side: Projection, out: Tensor, transpose: bool = False) -> None:
+        """Fill the rows of experts 1.. that are full-size in this projection."""
+        if side.has_extra_full:
+            kernels = backend.kernels("grouped_gemm", x)
+            kernels.grouped_gemm(x, side.extra_full, self.plan.row_offsets, transpose, out)
+
+    def permute(self, x: Tensor) -> Tensor:
+        return self.permutation.permute(x, self.plan.row_to_slot, self.plan.slot_to_row)
+
+    def unpermute(self, x, weights=None, base=None) -> Tensor:
+        return self.permutation.unpermute(x, self.plan.slot_to_row, weights, base)
+
+    def base_weights(self, side: Projection, weights: Tensor | None) -> Tensor | None:
+        """Slot weights, 0 where the slot's expert is full-size in this projection; None means 1."""
+        if not side.has_extra_full:
+            return weights
+        ids, num_experts = self.plan.indices, len(side.layout)
+        full = (0, *(int(kind == FULL) for kind in side.layout[1:]), 0)  # last: an empty slot
+        ids = torch.where((ids < 0) | (ids >= num_experts), num_experts, ids)
+        if weights is None:
+            acc = torch.promote_types(self.x.dtype, torch.float32)
+            weights = torch.ones(ids.shape, dtype=acc, device=ids.device)
+        return weights.masked_fill(ranks_tensor(full, ids.device)[ids] > 0, 0)
+
+    def preactivations(self, gate_TF, up_TF, z) -> list[Tensor]:
+        """Rows (N, F) of gate and up before the nonlinearity."""
+        rows = []
+        x_ND = self.permute(self.x) if any(s.has_extra_full for s in self.sides[:2]) else None
+        for side, packed, base, z_side in zip(
+            self.sides[:2], self.packed, (gate_TF, up_TF), z, strict=False
+        ):
+            out = self.expand(z_side, packed.b, packed.ranks, base, gather=True)
+            self.full_rows(x_ND, side, out)
+            rows.append(out)
+        return rows
+
+
+def mm(a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
+    """base + a b, kept in the accumulator's dtype (float32; float64 for float64)."""
+    if a.dtype in (torch.float32, torch.float64):
+        return a @ b if base is None else torch.addmm(base, a, b)
+    if a.device.type == "cuda":
+        product = torch.mm(a, b, out_dtype=torch.float32)
+    else:
+        product = a.float() @ b.float()
+    return product if base is None else base.add_(product)
