@@ -125,7 +125,7 @@ def _mixed_ways(layouts: tuple[tuple[int, ...], ...]) -> tuple[str, ...]:
     """Each expert by its own three entries; the base is full-size as others if none shares it."""
     ways = []
     for entries in list(zip(*layouts, strict=True))[1:]:
-        small = "fused" if any(entries) else "base"
+        small = "fused" if any(entries[:2]) else "base"
         large = "grouped" if max(entries) > FUSED_RANK else small
         ways.append("full" if FULL in entries else large)
     shared = [any(kind != FULL for kind in side[1:]) for side in layouts]

@@ -8,7 +8,7 @@ import torch
 from flexmore_kernels import schedule
 from flexmore_kernels.projection import FULL
 from flexmore_kernels.ragged import MAX_SET_EXPERTS
-from flexmore_kernels.schedule import DECODE_TOKENS, FUSED_RANK
+from flexmore_kernels.schedule import DECODE_TOKENS, FUSED_RANK, OWN_TOKENS
 
 SIZES = {"top_k": 2, "hidden": 4096, "width": 11008, "dtype": torch.bfloat16}
 
@@ -20,24 +20,37 @@ def choose(*entries, tokens=4096, **options):
 
 
 def test_few_experts_of_small_ranks_are_fused():
-    how = choose(1, 0, FUSED_RANK, (16, 0, 0), (0, 0, 512))
+    how = choose(1, 0, FUSED_RANK, (16, 0, 0), (0, 0, 16))
     assert how.route == "token-major" and how.all_fused and how.dense_down
     assert how.ways == ("base", "fused", "base", "fused", "fused", "base")
 
 
-def test_a_larger_rank_is_grouped():
-    how = choose(FUSED_RANK + 1, 16)
-    assert how.ways[1] == "grouped" and not how.all_fused and how.dense_down
+def test_a_larger_rank_has_rows_of_its_own():
+    how = choose(FUSED_RANK + 1, 16, (0, 0, FUSED_RANK + 1), 0)
+    assert how.ways == ("base", "grouped", "fused", "grouped", "base") and how.own == (1, 3)
+    assert not how.all_fused and how.dense_down
 
 
-@pytest.mark.parametrize("entry", [FULL, (FULL, 16, 16), (16, FULL, 0)])
+def test_with_few_tokens_all_go_one_way():
+    how = choose(FUSED_RANK + 1, 16, tokens=OWN_TOKENS - 1)
+    assert how.ways == ("base", "grouped", "grouped") and how.own == () and how.dense_down
+    assert choose(FUSED_RANK + 1, 16, tokens=OWN_TOKENS).own == (1,)
+
+
+@pytest.mark.parametrize("entry", [FULL, (FULL, 16, 16), (16, FULL, 0), (16, 16, FULL)])
 def test_a_full_size_expert_is_full(entry):
     how = choose(entry, 16)
-    assert how.ways[1] == "full" and not how.all_fused
+    assert how.ways == ("base", "full", "fused") and how.own == (1,) and not how.all_fused
+
+
+@pytest.mark.parametrize("entry", [FULL, (FULL, FULL, 16), (FULL, FULL, 0), (16, 16, FULL)])
+def test_a_base_that_none_shares_is_an_expert_as_others(entry):
+    how = choose(entry, entry)
+    assert how.ways == ("full",) * 3 and how.own == (0, 1, 2)
 
 
 def test_a_full_size_down_is_not_one_dense_product():
-    how = choose((16, 16, FULL))
+    how = choose((16, 16, FULL), tokens=OWN_TOKENS - 1)
     assert how.ways == ("base", "fused") and not how.dense_down
 
 

@@ -9,6 +9,8 @@ MIX = "flexmore_kernels/_triton/gated_mix.py"
 TOKEN_MAJOR = "flexmore_kernels/_triton/token_major.py"
 TILES = "flexmore_kernels/_triton/tiles.py"
 EXPERTS = "flexmore_kernels/_triton/experts.py"
+ROUTED = "flexmore_kernels/_triton/routed.py"
+BACKWARD = "flexmore_kernels/_triton/experts_backward.py"
 
 BUGS = (
     # Masks and tails
@@ -193,7 +195,7 @@ BUGS = (
     Bug(
         "wanted experts counted among those with factors",
         "The n-th pair of factors belongs to the n-th expert that has some, not to expert n.",
-        EXPERTS,
+        ROUTED,
         "wanted = tuple(e for e, need in zip(experts, needs, strict=True) if need)",
         "wanted = tuple(e for e, need in enumerate(needs) if need)",
         "tests/test_experts.py::test_experts_needs_of_each_tensor",
@@ -202,7 +204,7 @@ BUGS = (
     Bug(
         "a full-size expert's rows in the base's gradient",
         "The base's gradient sums over all rows but those of experts with a matrix of their own.",
-        EXPERTS,
+        BACKWARD,
         "dbase = layer.unpermute(drows[index], layer.base_weights(side, None)) if wanted else None",
         "dbase = layer.unpermute(drows[index]) if wanted else None",
         "tests/test_experts.py::test_experts_float64",
