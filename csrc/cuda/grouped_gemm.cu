@@ -64,7 +64,6 @@ __device__ void compute_gated(const Problems& p, Shared& sh, int cluster, int cl
             load_base<T>(loaded[i], base[which], mine.slot[i], p.top_k, mine.column,
                          problem.columns);
         };
-        if (base[0]) load(0, 0), load(0, 1);
         if (base[1] && threadIdx.x % 4 == 0) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
@@ -73,19 +72,19 @@ __device__ void compute_gated(const Problems& p, Shared& sh, int cluster, int cl
                               2 * min(kColumns, problem.columns - tile.column));
             }
         }
+        if (base[0]) load(0, 0);
         float sum[128];
         uint32_t gate[64];
         clear(sum);
         multiply<T, Blocks>(sh, ring, problem.product[0].steps, sum);
-        if (base[0]) add_base<T, 0>(sum, loaded[0]), add_base<T, 1>(sum, loaded[1]);
+        if (base[0]) load(0, 1), add_base<T, 0>(sum, loaded[0]), add_base<T, 1>(sum, loaded[1]);
 #pragma unroll
         for (int i = 0; i < 64; ++i) {
             gate[i] = pack<T>(silu<T>(sum[2 * i]), silu<T>(sum[2 * i + 1]));
-            if (i == 31 && base[1]) load(1, 0);
         }
-        if (base[1]) load(1, 1);
         clear(sum);
-        if (base[1]) add_base<T, 0>(sum, loaded[0]), add_base<T, 1>(sum, loaded[1]);
+        if (base[1])
+            load(1, 0), add_base<T, 0>(sum, loaded[0]), load(1, 1), add_base<T, 1>(sum, loaded[1]);
         multiply<T, Blocks>(sh, ring, problem.product[1].steps, sum);
         if (index + clusters < sh.first[p.count]) {
             const Mine next = find_mine<Blocks>(p, find<Blocks>(p, sh, index + clusters), true);

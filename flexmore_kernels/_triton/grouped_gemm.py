@@ -10,6 +10,7 @@ read from memory once for each group's rows and from L2 by the others.
 
 from collections.abc import Iterator, Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -85,7 +86,7 @@ def flexmore_grouped_gemm_dweight(
 
 @triton.jit
 def _add_term(
-    acc, left_ptr, right_ptr, base_ptr, depth, depth_right, rows_right, stride_left, stride_right,
+    acc, left_ptr, right_ptr, base_ptr, depth, rows_right, stride_left, stride_right,
     begin, row, row_live, token, o, width,
     IS_SORTED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -100,7 +101,7 @@ def _add_term(
         for first in range(0, depth, BLOCK_K):
             x = tl.load(left, mask=(first + i < depth)[None, :], other=0.0)
             o_live = (o < rows_right)[None, :]
-            w = tl.load(right, mask=(first + i < depth_right)[:, None] & o_live, other=0.0)
+            w = tl.load(right, mask=(first + i < depth)[:, None] & o_live, other=0.0)
             acc = add_product(acc, x, w, PRECISION, ACC)
             left += BLOCK_K
             right += BLOCK_K
@@ -113,8 +114,8 @@ def _add_term(
 @triton.jit
 def flexmore_row_products(
     out_ptr, row_offsets_ptr, row_to_slot_ptr, weights_ptr,
-    left_0, right_0, base_0, depth_0, depth_right_0, rows_right_0, stride_left_0, stride_right_0,
-    left_1, right_1, base_1, depth_1, depth_right_1, rows_right_1, stride_left_1, stride_right_1,
+    left_0, right_0, base_0, depth_0, rows_right_0, stride_left_0, stride_right_0,
+    left_1, right_1, base_1, depth_1, rows_right_1, stride_left_1, stride_right_1,
     rows, width, stride_out, top_k, row_tiles,
     GATED: tl.constexpr, SORTED_0: tl.constexpr, SORTED_1: tl.constexpr, PLACE: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -137,7 +138,7 @@ def flexmore_row_products(
     o = o_tile * BLOCK_O + tl.arange(0, BLOCK_O)
     acc = tl.zeros((BLOCK_M, BLOCK_O), ACC)
     acc = _add_term(
-        acc, left_0, right_0, base_0, depth_0, depth_right_0, rows_right_0, stride_left_0,
+        acc, left_0, right_0, base_0, depth_0, rows_right_0, stride_left_0,
         stride_right_0, begin, row, row_live, token, o, width, SORTED_0, ACC, PRECISION, BLOCK_K,
     )  # fmt: skip
     gate = acc
@@ -145,7 +146,7 @@ def flexmore_row_products(
         gate = acc * sigmoid(acc, out_ptr.dtype.element_ty)
         acc = tl.zeros((BLOCK_M, BLOCK_O), ACC)
     acc = _add_term(
-        acc, left_1, right_1, base_1, depth_1, depth_right_1, rows_right_1, stride_left_1,
+        acc, left_1, right_1, base_1, depth_1, rows_right_1, stride_left_1,
         stride_right_1, begin, row, row_live, token, o, width, SORTED_1, ACC, PRECISION, BLOCK_K,
     )  # fmt: skip
     if GATED:
@@ -260,9 +261,13 @@ def gated_rows(work: Sequence[RowProducts], plan: RoutingPlan) -> None:
 
 def _term(term: Term) -> tuple:
     if term.left is None:
-        return (None, None, term.base, 0, 0, 0, 0, 0)
-    right = term.right if term.right.stride(1) == 1 else term.right.contiguous()
-    depths = (term.left.shape[1], right.shape[1], right.shape[0])
+        return (None, None, term.base, 0, 0, 0, 0)
+    right, depth = term.right, term.left.shape[1]
+    if right.shape[1] < depth:  # zeros beside, so that rows are aligned
+        right = torch.nn.functional.pad(right, (0, depth - right.shape[1]))
+    elif right.stride(1) != 1:
+        right = right.contiguous()
+    depths = (depth, right.shape[0])
     return (term.left, right, term.base, *depths, term.left.stride(0), right.stride(0))
 
 

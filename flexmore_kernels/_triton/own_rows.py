@@ -47,11 +47,12 @@ def forward(x, indices, weights, sides, own: tuple[int, ...]):
     shared = _shared(sides)
     gate, up, down = sides
     F = gate.full[0].shape[0]
+    # First, since it takes longest: what follows is launched while it runs.
+    bases = (x @ gate.full[0].T, x @ up.full[0].T) if shared.hidden else (None, None)
     layer = Routed(x, indices, [side.without(own) for side in sides])
     whole_vectors = x.shape[1] % 8 == 0 and F % 8 == 0
     hopper = backend.hopper("grouped_gemm", x) if whole_vectors else None
     products = hopper or backend.kernels("grouped_gemm", x)
-    bases = (x @ gate.full[0].T, x @ up.full[0].T) if shared.hidden else (None, None)
     mixed, h_NF = None, x.new_empty(layer.plan.num_rows, F)
     if 0 not in own:
         mixed, h_NF = _others(layer, *bases, weights, own)
