@@ -29,6 +29,10 @@ CASES = {
         Setup((0, "full", 7, (2, 0, "full")), 13, FP32, hidden=37, intermediate=53),
         ALL,
     ),
+    "rows of their own": (
+        Setup((0, 72, 8, (96, "full", 80)), 530, BF16, hidden=64, intermediate=48),
+        ("experts",),
+    ),
     "rows, more than 8 experts": (
         Setup((0, *[4] * 11), 70, FP16, hidden=48, intermediate=32),
         ALL,
@@ -121,8 +125,11 @@ def test_every_kernel_is_launched():
 
     written = set()
     if "native" in backend.available("routing", "cuda"):
+        hopper = torch.cuda.get_device_capability() == (9, 0)
         for path in SOURCES.iterdir():
-            written |= set(re.findall(r"__global__[^;{]*?\b(\w+_kernel)\(", path.read_text()))
+            text = path.read_text()
+            if hopper or "__CUDA_ARCH_FEAT_SM90_ALL" not in text:
+                written |= set(re.findall(r"__global__[^;{]*?\b(\w+_kernel)\(", text))
         assert written
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for case, (_, families) in CASES.items():

@@ -38,11 +38,11 @@ def forward(x, indices, weights, sides) -> tuple[Tensor, Tensor | None, Tensor |
     low, plan = layer.packed[2], layer.plan
     if not (low.any or down.has_extra_full):
         return mixed @ down.full[0].T, *bases
-    y = mm(mixed, down.full[0].T)
     z_down = layer.shrink(h_NF, low.a, low.ranks)
     if how.dense_down:
         s_down = token_major.weighted(z_down, weights, plan, low.ranks)
-        return token_major.add_expanded(y, s_down, low.b), *bases
+        return layer.down(mixed, down.full[0], s_down, low.b), *bases
+    y = mm(mixed, down.full[0].T)
     delta_ND = layer.expand(z_down, low.b, low.ranks)
     layer.full_rows(h_NF, down, delta_ND)
     return layer.unpermute(delta_ND, weights, y), *bases

@@ -50,9 +50,7 @@ def forward(x, indices, weights, sides, own: tuple[int, ...]):
     # First, since it takes longest: what follows is launched while it runs.
     bases = (x @ gate.full[0].T, x @ up.full[0].T) if shared.hidden else (None, None)
     layer = Routed(x, indices, [side.without(own) for side in sides])
-    whole_vectors = x.shape[1] % 8 == 0 and F % 8 == 0
-    hopper = backend.hopper("grouped_gemm", x) if whole_vectors else None
-    products = hopper or backend.kernels("grouped_gemm", x)
+    products = layer.hopper or backend.kernels("grouped_gemm", x)
     mixed, h_NF = None, x.new_empty(layer.plan.num_rows, F)
     if 0 not in own:
         mixed, h_NF = _others(layer, *bases, weights, own)
@@ -65,7 +63,7 @@ def forward(x, indices, weights, sides, own: tuple[int, ...]):
     if shared.down:
         s_TR, b_DR = _shrunk(layer, products, sides[2], own, h_NF, weights)
         if len(by_shared) == len(own):
-            return _down(layer, hopper, mixed, down.full[0], s_TR, b_DR), *bases
+            return layer.down(mixed, down.full[0], s_TR, b_DR), *bases
         y = mm(mixed, down.full[0].T)
         y = mm(s_TR, b_DR.T, y) if s_TR.shape[1] else y
     full = [e for e in own if e not in by_shared]
@@ -158,18 +156,6 @@ def _shrunk(layer: Routed, products, down: Projection, own, h_NF, weights):
         b = pairs[e][1]
         factors.append(torch.nn.functional.pad(b, (0, width - b.shape[1])))
     return s_TR, torch.cat(factors, 1)
-
-
-def _down(layer: Routed, hopper, mixed, w_DF, s_TR, b_DR) -> Tensor:
-    """y (T, D) = mixed W_d^T + s_down B_d^T, one sum."""
-    if not s_TR.shape[1]:
-        return mixed @ w_DF.T
-    if hopper is None:
-        return token_major.add_expanded(mm(mixed, w_DF.T), s_TR, b_DR)
-    y = torch.empty_like(layer.x)
-    work = RowProducts(-1, y, Term(mixed, w_DF), Term(s_TR, b_DR))
-    hopper.sum_rows([work], layer.plan)
-    return y
 
 
 def _padded(rank: int) -> int:

@@ -9,7 +9,18 @@ from torch import Tensor
 
 from .. import backend
 from ..projection import FULL, RANK_MULTIPLE, Projection
-from ..ragged import MAX_SET_EXPERTS, RoutingPlan, packed_size, ranks_tensor
+from ..ragged import (
+    MAX_SET_EXPERTS,
+    RoutingPlan,
+    RowProducts,
+    Term,
+    packed_size,
+    ranks_tensor,
+)
+from . import token_major
+
+HOPPER_TOKENS = 1024
+"""Fewer leave multiprocessors without one of the grouped GEMM's tiles, 128 x 256."""
 
 
 class Packed(NamedTuple):
@@ -41,6 +52,8 @@ class Routed:
         self.lowrank = backend.kernels("lowrank", x)
         self.permutation = backend.kernels("permutation", x)
         self.mix = backend.kernels("gated_mix", x)
+        vectors = all(side.full[0].shape[1] % 8 == 0 for side in sides)
+        self.hopper = backend.hopper("grouped_gemm", x) if vectors else None
 
     def shrink(self, x, a, ranks, gather=False, weights=None) -> Tensor:
         plan = self.plan
@@ -71,6 +84,17 @@ class Routed:
         if side.has_extra_full:
             kernels = backend.kernels("grouped_gemm", x)
             kernels.grouped_gemm(x, side.extra_full, self.plan.row_offsets, transpose, out)
+
+    def down(self, mixed: Tensor, w_DF: Tensor, s_TR: Tensor, b_DR: Tensor) -> Tensor:
+        """y (T, D) = mixed W_d^T + s_down B_d^T, one sum."""
+        if not s_TR.shape[1]:
+            return mixed @ w_DF.T
+        if self.hopper is None or mixed.shape[0] < HOPPER_TOKENS:
+            return token_major.add_expanded(mm(mixed, w_DF.T), s_TR, b_DR)
+        y = mixed.new_empty(mixed.shape[0], w_DF.shape[0])
+        work = RowProducts(-1, y, Term(mixed, w_DF), Term(s_TR, b_DR))
+        self.hopper.sum_rows([work], self.plan)
+        return y
 
     def permute(self, x: Tensor) -> Tensor:
         return self.permutation.permute(x, self.plan.row_to_slot, self.plan.slot_to_row)
