@@ -36,7 +36,7 @@ __device__ __forceinline__ void store(const Problems& p, const Problem& problem,
             uint32_t words[4];
 #pragma unroll
             for (int m = 0; m < 4; ++m) words[m] = pair(4 * (4 * b + m) + 2 * i, i);
-            if (!problem.for_threads) exchange(words);
+            exchange(words);
             const int column = mine.column + 32 * b;
             if (mine.row[i] < rows && column < problem.columns) {
                 *reinterpret_cast<uint4*>(out + column) = {words[0], words[1], words[2], words[3]};
@@ -45,8 +45,8 @@ __device__ __forceinline__ void store(const Problems& p, const Problem& problem,
     }
 }
 
-// silu(base_0 + product_0) * (base_1 + product_1). Half of the first base is loaded while the first
-// product runs; the second product starts from its base. More loads ahead do not fit in registers.
+// silu(base_0 + product_0) * (base_1 + product_1): the first base's loads run while the first
+// product does, the second's while the gates are computed, which then starts from it.
 template <class T, int Blocks>
 __device__ void compute_gated(const Problems& p, Shared& sh, int cluster, int clusters) {
     Ring<kStages> ring;
@@ -64,35 +64,27 @@ __device__ void compute_gated(const Problems& p, Shared& sh, int cluster, int cl
             load_base<T>(loaded[i], base[which], mine.slot[i], p.top_k, mine.column,
                          problem.columns);
         };
-        // The four threads of a row ask L2 for its four lines, before they are needed.
-        const int line = min(tile.column + threadIdx.x % 4 * 64, problem.columns - 8);
+        if (base[1] && threadIdx.x % 4 == 0) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int64_t at = int64_t(mine.slot[i] / p.top_k) * problem.columns + line;
-            if (base[0] && i == 1) prefetch_line(static_cast<const T*>(base[0]) + at);
-            if (base[1]) prefetch_line(static_cast<const T*>(base[1]) + at);
+            for (int i = 0; i < 2; ++i) {
+                prefetch_bulk(static_cast<const T*>(base[1]) +
+                                  int64_t(mine.slot[i] / p.top_k) * problem.columns + tile.column,
+                              2 * min(kColumns, problem.columns - tile.column));
+            }
         }
         if (base[0]) load(0, 0);
         float sum[128];
         uint32_t gate[64];
         clear(sum);
         multiply<T, Blocks>(sh, ring, problem.product[0].steps, sum);
-        if (base[0]) {
-            load(0, 1);
-            add_base<T, 0>(sum, loaded[0], problem.for_threads);
-            add_base<T, 1>(sum, loaded[1], problem.for_threads);
-        }
+        if (base[0]) load(0, 1), add_base<T, 0>(sum, loaded[0]), add_base<T, 1>(sum, loaded[1]);
 #pragma unroll
         for (int i = 0; i < 64; ++i) {
             gate[i] = pack<T>(silu<T>(sum[2 * i]), silu<T>(sum[2 * i + 1]));
         }
         clear(sum);
-        if (base[1]) {
-            load(1, 0);
-            add_base<T, 0>(sum, loaded[0], problem.for_threads);
-            load(1, 1);
-            add_base<T, 1>(sum, loaded[1], problem.for_threads);
-        }
+        if (base[1])
+            load(1, 0), add_base<T, 0>(sum, loaded[0]), load(1, 1), add_base<T, 1>(sum, loaded[1]);
         multiply<T, Blocks>(sh, ring, problem.product[1].steps, sum);
         if (index + clusters < sh.first[p.count]) {
             const Mine next = find_mine<Blocks>(p, find<Blocks>(p, sh, index + clusters), true);
@@ -163,10 +155,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     const int cluster = blockIdx.x / Blocks, clusters = gridDim.x / Blocks;
     if (threadIdx.x < kWarpgroup) {
-        fewer_registers<Gated ? 24 : 40>();
+        fewer_registers<24>();
         if (threadIdx.x == 0) copy_operands<Blocks>(p, sh, cluster, clusters);
     } else {
-        more_registers<Gated ? 240 : 232>();
+        more_registers<240>();
         if constexpr (Gated) {
             compute_gated<T, Blocks>(p, sh, cluster, clusters);
         } else {
@@ -224,7 +216,6 @@ void grouped_gemm(Tensors left, Tensors right, Tensors base, Tensors out, Ints e
         problem.columns = int(out[q].size(1));
         problem.rows = int(out[q].size(0));
         problem.expert = int(experts[q]);
-        problem.for_threads = right[2 * q].size(0) % 32 == 0 && right[2 * q + 1].size(0) % 32 == 0;
         for (int i = 0; i < 2; ++i) {
             Product& product = problem.product[i];
             const int at = 2 * q + i;
@@ -233,10 +224,10 @@ void grouped_gemm(Tensors left, Tensors right, Tensors base, Tensors out, Ints e
             product.base = base[at].numel() ? base[at].const_data_ptr() : nullptr;
             product.steps = l.numel() ? int(ceil_div(l.size(1), kDepth)) : 0;
             if (product.steps == 0) continue;
-            product.left = tensor_map(l.const_data_ptr(), dtype, l.size(0), l.size(1), l.stride(0),
-                                      kRows, false);
+            product.left =
+                tensor_map(l.const_data_ptr(), dtype, l.size(0), l.size(1), l.stride(0), kRows);
             product.right = tensor_map(r.const_data_ptr(), dtype, r.size(0), r.size(1), r.stride(0),
-                                       kColumns / int(pair), problem.for_threads);
+                                       kColumns / int(pair));
         }
     }
     int blocks = 0;

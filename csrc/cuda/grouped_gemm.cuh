@@ -26,7 +26,6 @@ struct Problem {
     void* out;
     int64_t out_stride;
     int expert, rows, columns;  // expert -1: all of `rows`
-    bool for_threads;           // the order of the right operands' rows
 };
 struct Problems {
     Problem problem[kMaxProblems];
@@ -69,7 +68,6 @@ __device__ void copy_operands(const Problems& p, Shared& sh, int cluster, int cl
     for (int index = cluster; index < sh.first[p.count]; index += clusters) {
         const Tile tile = find<Blocks>(p, sh, index);
         const int row = tile.row + block * kRows;
-        const bool for_threads = p.problem[tile.problem].for_threads;
         for (int i = 0; i < 2; ++i) {
             const Product& product = p.problem[tile.problem].product[i];
             const int left_row = row + (product.place == kSorted ? tile.begin : 0);
@@ -77,10 +75,10 @@ __device__ void copy_operands(const Problems& p, Shared& sh, int cluster, int cl
                 sh.empty[ring.slot].wait(ring.parity ^ 1);
                 Barrier* full = &sh.full[ring.slot];
                 full->arrive_expecting(kStageBytes);
-                copy_box<1>(sh.left[ring.slot], product.left, step * kDepth, left_row, false, full);
+                copy_box<1>(sh.left[ring.slot], product.left, step * kDepth, left_row, full);
                 constexpr int kPart = kColumns / Blocks;
                 copy_box<Blocks>(sh.right[ring.slot] + block * kPart * kDepth * 2, product.right,
-                                 step * kDepth, tile.column + block * kPart, for_threads, full);
+                                 step * kDepth, tile.column + block * kPart, full);
                 ring.next();
             }
         }
@@ -163,7 +161,6 @@ __device__ __forceinline__ float silu(float g) {
 
 // Among the four threads that share a row of a product's result: words[m] of thread q and words[q]
 // of thread m change places. So 4 pairs of columns, 8 apart, and 8 columns in a row are the same.
-// Not needed where the right operand's rows came in the threads' order.
 __device__ __forceinline__ void exchange(uint32_t (&words)[4]) {
     const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
 #pragma unroll
@@ -214,12 +211,11 @@ __device__ __forceinline__ void load_base(Loaded& words, const void* base, int s
     }
 }
 template <class T, int I>
-__device__ __forceinline__ void add_base(float (&sum)[128], const Loaded& loaded,
-                                         bool for_threads) {
+__device__ __forceinline__ void add_base(float (&sum)[128], const Loaded& loaded) {
 #pragma unroll
     for (int b = 0; b < 8; ++b) {
         uint32_t words[4] = {loaded[b].x, loaded[b].y, loaded[b].z, loaded[b].w};
-        if (!for_threads) exchange(words);
+        exchange(words);
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
             const float2 pair = unpack<T>(words[m]);
