@@ -18,11 +18,13 @@ void check_range(const char* name, int64_t value, int64_t least, int64_t most) {
                           "; accepted: " + std::to_string(least) + " to " + std::to_string(most));
 }
 
-py::dict plan(int64_t tokens, int64_t top_k, int64_t num_experts, bool by_set) {
+py::dict plan(int64_t tokens, int64_t top_k, int64_t num_experts, bool by_set, int64_t max_blocks) {
     check_range("top_k", top_k, 1, INT32_MAX);
     check_range("tokens", tokens, 0, INT32_MAX / top_k);
     check_range("num_experts", num_experts, 1, by_set ? kMaxSetExperts : kMaxKeys);
-    const PlanLaunch launch = plan_launch(tokens, top_k, static_cast<int>(num_experts), by_set);
+    check_range("max_blocks", max_blocks, 1, INT32_MAX);
+    const PlanLaunch launch = plan_launch(tokens, top_k, static_cast<int>(num_experts), by_set,
+                                          static_cast<int>(max_blocks));
     py::dict found;
     found["one_block"] = launch.one_block;
     found["chunk_tokens"] = launch.chunk_tokens;
@@ -59,10 +61,10 @@ py::dict build_info() {
 PYBIND11_MODULE(_host, m) {
     m.doc() = "How CUDA kernels are launched, and how the library was built.";
     m.def("plan_launch", &plan, py::arg("tokens"), py::arg("top_k"), py::arg("num_experts"),
-          py::arg("by_set"),
+          py::arg("by_set"), py::arg("max_blocks"),
           "How make_plan is launched on CUDA, a dict: one_block, chunk_tokens, num_chunks, warps, "
-          "shared_bytes (of a block), counts (int32 numbers of workspace). ValueError for what "
-          "make_plan refuses.");
+          "shared_bytes (of a block), counts (int32 numbers of workspace). max_blocks: how many "
+          "run at a time. ValueError for what make_plan refuses.");
     m.def("row_launch", &row, py::arg("words"), py::arg("per_thread"),
           "How permute and unpermute are launched on CUDA for rows of so many accesses, a dict: "
           "threads of a block, columns (blocks a row).");

@@ -20,7 +20,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t kOneBlockSlots = 4096;
 constexpr int64_t kChunkSlots = 512;  // per block, at least
 constexpr int64_t kMaxChunks = 128;
-constexpr int64_t kMaxCounts = 32768;  // (keys, chunks)
+constexpr int64_t kMaxCounts = 32768;  // (padded keys, chunks)
 constexpr int kMaxKeys = 1024;
 constexpr int kMaxSetExperts = 8;
 
@@ -32,37 +32,46 @@ FM_HOST_DEVICE int max_keys(const int& num_experts, const bool& by_set) {
     return num_experts > num_sets(num_experts, by_set) ? num_experts
                                                        : num_sets(num_experts, by_set);
 }
-// How many threads share the sum over the chunks of one key.
-FM_HOST_DEVICE int threads_per_key(int threads, int num_keys) {
-    return threads > num_keys ? threads / num_keys : 1;
+// Counts of chunks are read four keys at a time.
+FM_HOST_DEVICE int padded_keys(int num_keys) { return (num_keys + 3) / 4 * 4; }
+// How many threads share the sum over the chunks of four keys.
+FM_HOST_DEVICE int threads_per_quad(int threads, int num_keys) {
+    const int quads = padded_keys(num_keys) / 4;
+    return threads > quads ? threads / quads : 1;
+}
+// Of these two sums of each key.
+FM_HOST_DEVICE int scratch_size(int threads, int num_keys) {
+    return 2 * threads_per_quad(threads, num_keys) * padded_keys(num_keys);
 }
 
 struct PlanLaunch {
-    bool one_block;        // one launch of one block; else one that counts and one that writes
+    bool one_block;        // or several, which wait for each other
     int64_t chunk_tokens;  // of a block; the last one's may be fewer
     int num_chunks;        // blocks
     int warps;             // of a block
     int64_t shared_bytes;  // of a block
-    int64_t counts;        // int32 numbers of workspace: (keys, chunks)
+    int64_t counts;        // int32 numbers of workspace: (padded keys, chunks)
 };
 
-// top_k >= 1; 1 <= num_experts <= kMaxKeys, and <= kMaxSetExperts if by_set.
-inline PlanLaunch plan_launch(int64_t tokens, int64_t top_k, int num_experts, bool by_set) {
-    const int keys = max_keys(num_experts, by_set);
+// top_k >= 1; 1 <= num_experts <= kMaxKeys, and <= kMaxSetExperts if by_set. max_blocks: the blocks
+// that surely run at a time.
+inline PlanLaunch plan_launch(int64_t tokens, int64_t top_k, int num_experts, bool by_set,
+                              int max_blocks) {
+    const int keys = max_keys(num_experts, by_set), sets = num_sets(num_experts, by_set);
     PlanLaunch launch{};
-    launch.one_block = tokens * top_k <= kOneBlockSlots;
+    launch.one_block = tokens * top_k <= kOneBlockSlots || max_blocks < 2;
     // A counter per warp and key: at most 32 KB of shared memory.
     launch.warps = keys > 256 ? 8 : launch.one_block ? 32 : 16;
-    const int parts = launch.one_block ? 0 : threads_per_key(32 * launch.warps, keys);
-    launch.shared_bytes =
-        int64_t(sizeof(int32_t)) * (int64_t(launch.warps) * keys + keys + 1 + 2 * parts * keys);
+    const int scratch = launch.one_block ? 0 : scratch_size(32 * launch.warps, keys);
+    launch.shared_bytes = int64_t(sizeof(int32_t)) *
+                          (int64_t(launch.warps) * (num_experts + sets) + keys + 1 + scratch);
     if (launch.one_block) {
         launch.chunk_tokens = tokens;
         launch.num_chunks = 1;
         return launch;
     }
-    const int64_t counted = num_experts + num_sets(num_experts, by_set);
-    const int64_t max_chunks = std::min(kMaxChunks, kMaxCounts / counted);
+    const int64_t counted = padded_keys(num_experts) + padded_keys(sets);
+    const int64_t max_chunks = std::min({kMaxChunks, kMaxCounts / counted, int64_t(max_blocks)});
     launch.chunk_tokens = std::max(ceil_div(tokens, max_chunks), ceil_div(kChunkSlots, top_k));
     launch.num_chunks = static_cast<int>(ceil_div(tokens, launch.chunk_tokens));
     launch.counts = counted * launch.num_chunks;

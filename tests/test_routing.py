@@ -81,6 +81,8 @@ CASES = (
          torch.tensor([[False, True, True], [True, True, False]])),
     Case("many_experts", "a row for several warps",
          grid(5, 300), 8, grid(1, 299)[0], choice(5, 300)),
+    Case("hundreds", "a lane sorts several logits; no bias", grid(5, 200), 8),
+    Case("a_thousand", "the most that a lane sorts", grid(3, 1000), 8, None, choice(3, 1000)),
     Case("nan_token", "a NaN among the allowed: the whole token is empty, its neighbours are not",
          torch.tensor([[1.0, 2, 3], [1, NAN, 3], [3, 2, 1]]), 2, None, None, False),
     Case("nothing_allowed", "a token that may use no expert", grid(3, 4), 2, None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -15,6 +16,7 @@ LARGEST = 2**31 - 1  # slots: rows are numbered in 32 bits
 SHARED_BYTES = 48 * 1024  # of a block, on every GPU, without asking for more
 MAX_KEYS, MAX_SET_EXPERTS = 1024, 8
 MAX_COUNTS = 32768  # all blocks read all of them, from the L2 cache
+BLOCKS = (1, 20, 108, 132, 1000)  # that run at a time: a small GPU, two large ones, none yet
 KEYS = [(e, False) for e in (1, 2, 7, 8, 9, 64, 255, 256, 257, 511, 512, 1000, MAX_KEYS)]
 KEYS += [(e, True) for e in range(1, MAX_SET_EXPERTS + 1)]
 
@@ -33,41 +35,44 @@ def test_plan_blocks_cover_all_tokens_and_fit(top_k):
     for num_experts, by_set in KEYS:
         sets = 2**num_experts if by_set else 0
         keys = max(num_experts, sets)
-        for tokens in some_tokens(top_k):
-            given = (tokens, top_k, num_experts, by_set)
+        padded, quads = keys + -keys % 4, (keys + 3) // 4
+        for tokens, blocks in itertools.product(some_tokens(top_k), BLOCKS):
+            given = (tokens, top_k, num_experts, by_set, blocks)
             launch = host.plan_launch(*given)
             chunk, chunks = launch["chunk_tokens"], launch["num_chunks"]
-            # Each token is in one chunk, and no chunk is empty.
-            assert 1 <= chunks <= 128, given
+            # Each token is in one chunk, no chunk is empty, and all run at a time.
+            assert 1 <= chunks <= min(128, blocks), given
             assert (chunks - 1) * chunk < max(tokens, 1) and tokens <= chunks * chunk, given
-            assert launch["one_block"] == (tokens * top_k <= 4096), given
+            assert launch["one_block"] == (tokens * top_k <= 4096 or blocks == 1), given
             assert not launch["one_block"] or chunks == 1, given
             threads = 32 * launch["warps"]
             assert 32 <= threads <= 1024, given
-            # counts[warp][key], starts[key + 1], and what a block sums of other chunks: of each key
-            # two sums, by each of the threads that share it.
-            sums = 0 if launch["one_block"] else 2 * max(1, threads // keys) * keys
-            words = launch["warps"] * keys + keys + 1 + sums
+            # counts[warp][key] of experts and of sets, starts[key + 1], and what a block sums of
+            # other chunks: of each key two sums, by each of the threads that share four keys.
+            sums = 0 if launch["one_block"] else 2 * max(1, threads // quads) * padded
+            words = launch["warps"] * (num_experts + sets) + keys + 1 + sums
             assert launch["shared_bytes"] == 4 * words <= SHARED_BYTES, given
-            counts = 0 if launch["one_block"] else chunks * (num_experts + sets)
+            counted = sum(n + -n % 4 for n in (num_experts, sets))
+            counts = 0 if launch["one_block"] else chunks * counted
             assert launch["counts"] == counts <= MAX_COUNTS, given
 
 
 def test_plan_uses_many_blocks_where_there_is_work():
     """At the largest size measured; a block with less than 512 slots is not worth its launch."""
-    assert host.plan_launch(16384, 5, 7, True)["num_chunks"] == 128
-    assert host.plan_launch(1000, 5, 7, True)["num_chunks"] == 10
+    assert host.plan_launch(16384, 5, 7, True, 132)["num_chunks"] == 128
+    assert host.plan_launch(1000, 5, 7, True, 132)["num_chunks"] == 10
 
 
 @pytest.mark.parametrize(
     ("given", "name"),
     [
-        ((1, 0, 4, False), "top_k"),
-        ((-1, 2, 4, False), "tokens"),
-        ((LARGEST, 2, 4, False), "tokens"),
-        ((1, 2, 0, False), "num_experts"),
-        ((1, 2, MAX_KEYS + 1, False), "num_experts"),
-        ((1, 2, MAX_SET_EXPERTS + 1, True), "num_experts"),
+        ((1, 0, 4, False, 1), "top_k"),
+        ((-1, 2, 4, False, 1), "tokens"),
+        ((LARGEST, 2, 4, False, 1), "tokens"),
+        ((1, 2, 0, False, 1), "num_experts"),
+        ((1, 2, MAX_KEYS + 1, False, 1), "num_experts"),
+        ((1, 2, MAX_SET_EXPERTS + 1, True, 1), "num_experts"),
+        ((1, 2, 4, False, 0), "max_blocks"),
     ],
 )
 def test_sizes_that_make_plan_refuses(given, name):

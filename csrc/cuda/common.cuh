@@ -27,6 +27,30 @@ inline void check_cuda(cudaError_t error, const char* what) {
 }
 inline void check_launch(const char* kernel) { check_cuda(cudaGetLastError(), kernel); }
 
+inline int attribute(int device, cudaDeviceAttr which) {
+    int value = 0;
+    check_cuda(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+    return value;
+}
+inline int multiprocessors(int device) { return attribute(device, cudaDevAttrMultiProcessorCount); }
+
+// Launches blocks that may wait for each other: all run at the same time, or the launch fails.
+template <class... Args>
+void launch_together(void (*kernel)(Args...), int blocks, int threads, size_t shared,
+                     cudaStream_t stream, Args... args) {
+    cudaLaunchAttribute together{};
+    together.id = cudaLaunchAttributeCooperative;
+    together.val.cooperative = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &together;
+    config.numAttrs = 1;
+    check_cuda(cudaLaunchKernelEx(&config, kernel, args...), "a launch of blocks that wait");
+}
+
 // Makes the tensor's device current while it lives. The statically linked CUDA runtime is told
 // besides torch's: it takes over the thread's context, but may meet a thread that has none yet.
 class OnDevice {

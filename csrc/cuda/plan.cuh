@@ -10,10 +10,13 @@
 // the rank, the lowest lane adds the group's size to the warp's own counter. So ranks are stable,
 // every counter has one writer, and there are no atomics. Nothing is read back to the host.
 //
-// With several chunks, a first launch counts, and each block of the second sums what the chunks
-// before it have counted. All blocks read all counts, from the L2 cache: kMaxCounts bounds them.
-// How many blocks and warps: plan_launch in schedule.h.
+// With several chunks, each block counts its own, waits for all others (a cooperative launch: one
+// launch less, and the ids and counts stay at hand) and sums what the chunks before it have
+// counted. All blocks read all counts, from the L2 cache: kMaxCounts bounds them. How many blocks
+// and warps: plan_launch in schedule.h.
 #pragma once
+
+#include <cooperative_groups.h>
 
 #include <tuple>
 
@@ -25,7 +28,7 @@ namespace {
 struct Plan {
     const int64_t* indices;
     int32_t *row_to_slot, *slot_to_row, *row_offsets, *token_order, *expert_to_row;
-    // (chunks, keys) each: how many of the chunk's slots (tokens) have the key.
+    // (chunks, padded keys) each: how many of the chunk's slots (tokens) have the key.
     int32_t *expert_counts, *set_counts;
     int64_t num_tokens, chunk_tokens;
     int num_experts, top_k, num_chunks;
@@ -133,32 +136,45 @@ __device__ void scan_totals(int num_keys, int32_t* starts) {
     __syncthreads();
 }
 
+// Sums of this block's counts[warp][key], for the other blocks.
+__device__ void publish(int num_keys, const int32_t* counts, int32_t* chunk_counts) {
+    const int warps = blockDim.x / 32, padded = padded_keys(num_keys);
+    for (int k = threadIdx.x; k < padded; k += blockDim.x) {
+        int32_t sum = 0;
+        for (int w = 0; k < num_keys && w < warps; ++w) sum += counts[w * num_keys + k];
+        chunk_counts[int(blockIdx.x) * padded + k] = sum;
+    }
+}
+
 // starts[key] = where this block's first entry of the key goes; starts[num_keys] = the number of
 // all entries. One block sums its counts[warp][key]; of several, each sums
 // chunk_counts[chunk][key], over all chunks and over those before its own, by way of
-// scratch[2][threads_per_key][key].
+// scratch[2][threads_per_quad][key]; four keys are one access.
 template <bool OneBlock>
 __device__ void find_starts(int num_keys, int num_chunks, const int32_t* counts,
                             const int32_t* chunk_counts, int32_t* starts, int32_t* scratch) {
-    const int parts = OneBlock ? int(blockDim.x / 32) : threads_per_key(blockDim.x, num_keys);
+    const int padded = OneBlock ? num_keys : padded_keys(num_keys), quads = padded / 4;
+    const int parts = OneBlock ? int(blockDim.x / 32) : threads_per_quad(blockDim.x, num_keys);
     if constexpr (!OneBlock) {
-        for (int i = threadIdx.x; i < parts * num_keys; i += blockDim.x) {
-            const int k = i % num_keys;
-            int32_t all = 0, before = 0;
+        for (int i = threadIdx.x; i < parts * quads; i += blockDim.x) {
+            const int4* of_key = reinterpret_cast<const int4*>(chunk_counts) + i % quads;
+            int4 all{}, before{};
 #pragma unroll 8
-            for (int c = i / num_keys; c < num_chunks; c += parts) {
-                const int32_t count = chunk_counts[c * num_keys + k];
-                all += count;
-                before += c < int(blockIdx.x) ? count : 0;
+            for (int c = i / quads; c < num_chunks; c += parts) {
+                const int4 count = __ldcg(of_key + c * quads);
+                const int earlier = c < int(blockIdx.x) ? -1 : 0;
+                all.x += count.x, all.y += count.y, all.z += count.z, all.w += count.w;
+                before.x += count.x & earlier, before.y += count.y & earlier;
+                before.z += count.z & earlier, before.w += count.w & earlier;
             }
-            scratch[i] = all;
-            scratch[parts * num_keys + i] = before;
+            reinterpret_cast<int4*>(scratch)[i] = all;
+            reinterpret_cast<int4*>(scratch)[parts * quads + i] = before;
         }
         __syncthreads();
     }
     const auto sum_of_parts = [&](const int32_t* of, int k) {
         int32_t sum = 0;
-        for (int part = 0; part < parts; ++part) sum += of[part * num_keys + k];
+        for (int part = 0; part < parts; ++part) sum += of[part * padded + k];
         return sum;
     };
     for (int k = threadIdx.x; k < num_keys; k += blockDim.x) {
@@ -168,7 +184,7 @@ __device__ void find_starts(int num_keys, int num_chunks, const int32_t* counts,
     scan_totals(num_keys, starts);
     if constexpr (!OneBlock) {
         for (int k = threadIdx.x; k < num_keys; k += blockDim.x) {
-            starts[k] += sum_of_parts(scratch + parts * num_keys, k);
+            starts[k] += sum_of_parts(scratch + parts * padded, k);
         }
         __syncthreads();
     }
@@ -196,58 +212,42 @@ __device__ __forceinline__ int64_t chunk_end(const Plan& p) {
     return end < p.num_tokens ? end : p.num_tokens;
 }
 
-// expert_counts and set_counts of this block's tokens.
-__global__ void plan_count_kernel(Plan p) {
-    extern __shared__ int32_t counts[];
-    const int warps = blockDim.x / 32;
-    const int64_t begin = int64_t(blockIdx.x) * p.chunk_tokens, end = chunk_end(p);
-    const auto store = [&](int num_keys, int32_t* out) {
-        for (int k = threadIdx.x; k < num_keys; k += blockDim.x) {
-            int32_t sum = 0;
-            for (int w = 0; w < warps; ++w) sum += counts[w * num_keys + k];
-            out[int(blockIdx.x) * num_keys + k] = sum;
-        }
-        __syncthreads();
-    };
-    count_keys(begin * p.top_k, end * p.top_k, p.num_experts, counts,
-               [&](int64_t slot) { return p.expert(slot); });
-    store(p.num_experts, p.expert_counts);
-    if (!p.by_set) return;
-    count_keys(begin, end, p.num_sets(), counts, [&](int64_t t) { return p.expert_set(t); });
-    store(p.num_sets(), p.set_counts);
-}
-
-// Writes the rows of this block's tokens. OneBlock: the block holds all tokens, nothing was counted
-// before.
+// A block a chunk of tokens; OneBlock: it holds all of them.
 template <bool OneBlock>
-__global__ void plan_write_kernel(Plan p) {
-    extern __shared__ int32_t counts[];  // (warps, keys), (keys + 1) starts, scratch
-    const int keys = p.max_keys();
-    int32_t* starts = counts + blockDim.x / 32 * keys;
-    int32_t* scratch = starts + keys + 1;
+__global__ void plan_kernel(Plan p) {
+    extern __shared__ int4 shared[];  // scratch, (warps, keys) twice, (keys + 1) starts
+    const int warps = blockDim.x / 32, E = p.num_experts;
+    int32_t* scratch = reinterpret_cast<int32_t*>(shared);
+    int32_t* counts = scratch + (OneBlock ? 0 : scratch_size(blockDim.x, p.max_keys()));
+    int32_t* set_counts = counts + warps * E;
+    int32_t* starts = set_counts + warps * p.num_sets();
     const int64_t begin = int64_t(blockIdx.x) * p.chunk_tokens, end = chunk_end(p);
 
     const auto expert = [&](int64_t slot) { return p.expert(slot); };
+    const auto expert_set = [&](int64_t t) { return p.expert_set(t); };
     const int64_t begin_slot = begin * p.top_k, end_slot = end * p.top_k;
-    count_keys(begin_slot, end_slot, p.num_experts, counts, expert);
-    find_starts<OneBlock>(p.num_experts, p.num_chunks, counts, p.expert_counts, starts, scratch);
-    if (blockIdx.x == 0) {
-        for (int e = threadIdx.x; e <= p.num_experts; e += blockDim.x) p.row_offsets[e] = starts[e];
+    count_keys(begin_slot, end_slot, E, counts, expert);
+    if (p.by_set) count_keys(begin, end, p.num_sets(), set_counts, expert_set);
+    if constexpr (!OneBlock) {
+        publish(E, counts, p.expert_counts);
+        if (p.by_set) publish(p.num_sets(), set_counts, p.set_counts);
+        cooperative_groups::this_grid().sync();
     }
-    const int32_t num_routed = starts[p.num_experts];
-    rank_keys(begin_slot, end_slot, p.num_experts, counts, starts, expert,
-              [&](int64_t slot, int, int32_t row) {
-                  p.slot_to_row[slot] = row;
-                  if (row >= 0) p.row_to_slot[row] = int32_t(slot);
-                  // The tail: row number `slot` belongs to nobody.
-                  if (slot >= num_routed) p.row_to_slot[slot] = -1;
-              });
+    find_starts<OneBlock>(E, p.num_chunks, counts, p.expert_counts, starts, scratch);
+    if (blockIdx.x == 0) {
+        for (int e = threadIdx.x; e <= E; e += blockDim.x) p.row_offsets[e] = starts[e];
+    }
+    const int32_t num_routed = starts[E];
+    rank_keys(begin_slot, end_slot, E, counts, starts, expert, [&](int64_t slot, int, int32_t row) {
+        p.slot_to_row[slot] = row;
+        if (row >= 0) p.row_to_slot[row] = int32_t(slot);
+        // The tail: row number `slot` belongs to nobody.
+        if (slot >= num_routed) p.row_to_slot[slot] = -1;
+    });
     if (!p.by_set) return;
 
-    const auto expert_set = [&](int64_t t) { return p.expert_set(t); };
-    count_keys(begin, end, p.num_sets(), counts, expert_set);
-    find_starts<OneBlock>(p.num_sets(), p.num_chunks, counts, p.set_counts, starts, scratch);
-    rank_keys(begin, end, p.num_sets(), counts, starts, expert_set,
+    find_starts<OneBlock>(p.num_sets(), p.num_chunks, set_counts, p.set_counts, starts, scratch);
+    rank_keys(begin, end, p.num_sets(), set_counts, starts, expert_set,
               [&](int64_t t, int, int32_t position) {
                   p.token_order[position] = int32_t(t);
                   write_expert_rows(p, t);
@@ -279,23 +279,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> make_plan(Tensor indices_TK, 
     p.num_experts = static_cast<int>(E);
     p.top_k = static_cast<int>(K);
     p.by_set = by_set;
-    const PlanLaunch launch = plan_launch(T, K, p.num_experts, by_set);
+    const PlanLaunch launch =
+        plan_launch(T, K, p.num_experts, by_set, multiprocessors(indices_TK.get_device_index()));
     p.chunk_tokens = launch.chunk_tokens;
     p.num_chunks = launch.num_chunks;
     const int threads = 32 * launch.warps;
     const size_t shared = static_cast<size_t>(launch.shared_bytes);
 
     if (launch.one_block) {
-        plan_write_kernel<true><<<1, threads, shared, stream>>>(p);
+        plan_kernel<true><<<1, threads, shared, stream>>>(p);
         check_launch("make_plan");
     } else {
         Tensor workspace = ints({launch.counts});
         p.expert_counts = mutable_data<int32_t>(workspace);
-        p.set_counts = p.expert_counts + E * p.num_chunks;
-        plan_count_kernel<<<p.num_chunks, threads, shared, stream>>>(p);
-        check_launch("make_plan: count");
-        plan_write_kernel<false><<<p.num_chunks, threads, shared, stream>>>(p);
-        check_launch("make_plan: write");
+        p.set_counts = p.expert_counts + padded_keys(p.num_experts) * p.num_chunks;
+        launch_together(plan_kernel<false>, p.num_chunks, threads, shared, stream, p);
     }
     return {row_to_slot_N, slot_to_row_TK, row_offsets_E1, token_order_T, expert_to_row_TE};
 }

@@ -3,6 +3,7 @@
 // Floors: forward reads T E s and writes 12 T K bytes; backward reads T E s + 12 T K and writes
 // 4 T E. At T=16384, E=7, K=5, bf16: 1.2 MB and 1.7 MB, below a microsecond of memory time, so both
 // are launches: one each. Work: about (K + 10)(E / lanes + 10) instructions a lane; E exponentials.
+// 16-bit logits of more than 8 experts without a bias: topk.cuh.
 //
 // A group of 8 or 32 lanes serves a token, lane l holding experts l, l + lanes, ... in registers.
 // Reductions are butterflies of shuffles: a fixed order, no atomics, no block barrier.
@@ -12,6 +13,7 @@
 #include "common.cuh"
 #include "plan.cuh"
 #include "token.cuh"
+#include "topk.cuh"
 
 namespace flexmore::cuda {
 namespace {
@@ -266,6 +268,11 @@ std::tuple<Tensor, Tensor> topk_route(Tensor logits_TE, OptionalTensor bias, Opt
     if (T == 0) return {weights_TK, indices_TK};
     const Inputs in = make_inputs(logits_TE, bias, mask, top_k, norm_topk_prob, scoring);
     const cudaStream_t stream = current_stream(logits_TE);
+    if (keys_serve(in)) {
+        launch_topk_keys(in, mutable_data<float>(weights_TK), mutable_data<int64_t>(indices_TK),
+                         stream);
+        return {weights_TK, indices_TK};
+    }
     for_kernel(in, [&]<class A, int Lanes, int PerLane>(A, Int<Lanes>, Int<PerLane>) {
         const unsigned grid = grid_size(ceil_div(T, kThreads / Lanes));
         const auto kernel = scoring == Scoring::softmax
