@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 
 FAILED, MISUSED = 1, 2
@@ -118,16 +119,18 @@ def _bench(arguments: argparse.Namespace) -> int:
         arguments.hidden, arguments.intermediate, arguments.ranks, arguments.top_k,
     )  # fmt: skip
     dtype = arguments.dtype or ("bfloat16" if device == "cuda" else "float32")
-    report = explain.run(
-        name,
-        shape,
-        arguments.tokens or [shape.tokens],
-        device=device,
-        dtype=getattr(torch, dtype),
-        explain=arguments.explain,
-        merge="auto" if arguments.prepare else False,
-        say=lambda text: print(f"flexmore bench: {text}", file=sys.stderr, flush=True),
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        report = explain.run(
+            name,
+            shape,
+            arguments.tokens or [shape.tokens],
+            device=device,
+            dtype=getattr(torch, dtype),
+            explain=arguments.explain,
+            merge="auto" if arguments.prepare else False,
+            say=lambda text: print(f"flexmore bench: {text}", file=sys.stderr, flush=True),
+        )
     print(json.dumps(report, indent=1) if arguments.json else explain_text.as_text(report))
     return 0
 

@@ -7,7 +7,6 @@ those of floors.py, by rates measured in the same run; rows are those of the rou
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,7 +53,6 @@ def run(
     merge: False for a layer as it is, else what `prepare` takes.
     """
     torch.manual_seed(0)
-    warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
     say("measuring copy and matmul of the device")
     roofs = floors.measure(device)
     say("making the layer")
