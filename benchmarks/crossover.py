@@ -21,7 +21,7 @@ from flexmore_kernels import explain
 from flexmore_kernels.shapes import SHAPES
 from flexmore_kernels.timing import compare
 
-SHARES = (0.3, 0.45, 0.6, 0.75, 0.9)
+SHARES = (0.5, 0.7, 0.85, 0.95, 1.05)
 SHAPE = SHAPES["flexolmo_mixed"]
 
 
