@@ -120,11 +120,11 @@ def problem(case: Case) -> Callable[[], Tensor | list[Tensor]]:
 def candidates(kernel: str, safe: Tile) -> Iterator[Tile]:
     """Tiles worth a try: accumulators that fit in registers, stages that fit in shared memory."""
     rows, columns, depths, warps, stages = {
-        "expand": ((64, 128), (64, 128, 256), (safe.depth,), (4, 8), (1, 2, 3)),
-        "shrink": ((64, 128), (safe.columns,), (64, 128), (4, 8), (3, 4, 5)),
-        "grouped_gemm": ((64, 128), (128, 256), (64,), (4, 8), (3, 4)),
-        "grouped_gemm_dweight": ((64, 128), (128, 256), (64,), (4, 8), (3, 4)),
-        "token_mix": ((64, 128), (32, 64, 128), (safe.depth,), (4, 8), (1, 2, 3)),
+        "expand": ((64, 128), (64, 128, 256), (safe.depth,), (4, 8), (2, 3)),
+        "shrink": ((64, 128), (safe.columns,), (64, 128), (4, 8), (3, 4)),
+        "grouped_gemm": ((64, 128), (128, 256), (64,), (8,), (3, 4)),
+        "grouped_gemm_dweight": ((64, 128), (128, 256), (64,), (8,), (3, 4)),
+        "token_mix": ((64,), (64, 128), (safe.depth,), (4, 8), (1, 2, 3)),
         "add_expanded": ((64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3)),
     }[kernel]
     if kernel == "expand" and safe.depth == 16:  # one step: nothing to pipeline
