@@ -117,6 +117,10 @@ class Projection(NamedTuple):
                 f"multiples of {multiple}; those that are, are read in place.",
             )
         parts_a, parts_b = [], []
+        most = max(-rank % multiple for rank in self.ranks)
+        if most:
+            zeros_a = base.new_zeros((most, base.shape[1]))
+            zeros_b = base.new_zeros((base.shape[0], most))
         for pair in self.factor_pairs():
             if pair is None:
                 continue
@@ -124,8 +128,8 @@ class Projection(NamedTuple):
             parts_b.append(pair[1])
             padding = -pair[0].shape[0] % multiple
             if padding:
-                parts_a.append(base.new_zeros((padding, base.shape[1])))
-                parts_b.append(base.new_zeros((base.shape[0], padding)))
+                parts_a.append(zeros_a[:padding])
+                parts_b.append(zeros_b[:, :padding])
         return torch.cat(parts_a), torch.cat(parts_b, dim=1)
 
     def unpack(self, da: Tensor | None, db: Tensor | None, multiple: int) -> list[tuple]:
