@@ -134,8 +134,10 @@ def hopper(stem: str, tensor: Tensor) -> ModuleType | None:
 
 @functools.cache
 def _hopper_runs(device: torch.device) -> bool:
-    capable = torch.cuda.get_device_capability(device) == (9, 0)
-    return capable and native.cuda_runs_on(device.index)
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    # Code for 9.0 without the "a", or made from older PTX, has empty kernels.
+    return native.cuda_runs_on(device.index) and "90a" in native.cuda_archs()
 
 
 def why_not(name: str, stem: str, device: torch.device | str) -> str | None:
