@@ -2,9 +2,13 @@
 // and bug reports. Without torch. Nothing needs this module, which (unlike _C) fits one Python
 // version; the wheels leave it out.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <memory>
 #include <string>
+#include <vector>
 
+#include "decode_plan.h"
 #include "schedule.h"
 
 namespace py = pybind11;
@@ -45,6 +49,50 @@ py::dict row(int64_t words, int64_t per_thread) {
     return found;
 }
 
+py::dict work(const decode::Work& work) {
+    py::list groups;
+    for (int g = 0; g < work.num_groups; ++g) {
+        const decode::Group& group = work.groups[g];
+        groups.append(py::make_tuple(group.rows, group.blocks, group.first_unit, group.expert));
+    }
+    py::dict found;
+    found["chunks"] = work.chunks;
+    found["tile_rows"] = work.tile_rows;
+    found["parts"] = work.parts;
+    found["groups"] = groups;
+    found["start"] = std::vector<int>(work.start, work.start + work.grid + 1);
+    return found;
+}
+
+py::dict decode_plan(int64_t hidden, int64_t width, const std::vector<int64_t>& ranks,
+                     int64_t processors, int64_t shared, int64_t tokens) {
+    check_range("hidden", hidden, 1, 1 << 16);
+    check_range("width", width, 1, 1 << 17);
+    check_range("processors", processors, 1, decode::kMaxBlocks);
+    check_range("shared", shared, 1 << 16, 1 << 20);
+    check_range("tokens", tokens, 8, 64);
+    check_range("len(ranks)", int64_t(ranks.size()), 1, decode::kMaxExperts);
+    int sum = 0;
+    std::vector<int> narrow;
+    for (const int64_t rank : ranks) {
+        check_range("rank", rank, 0, 1 << 16);
+        narrow.push_back(int(rank));
+        sum += int(rank);
+    }
+    const auto in = std::make_unique<decode::Work>(), out = std::make_unique<decode::Work>();
+    decode::Cut cut{};
+    const int product = decode::product_bytes(int(shared)), T = int(tokens), P = int(processors);
+    decode::plan_in(*in, 2 * int(width) + 2 * sum, int(hidden), P, product, T);
+    decode::plan_out(*out, int(hidden), int(width), narrow.data(), int(narrow.size()), P, product);
+    decode::plan_cut(cut, int(width), 96, 6, P, decode::expand_bytes(int(shared)), T);
+    py::dict found;
+    found["in"] = work(*in);
+    found["out"] = work(*out);
+    found["cut"] = py::make_tuple(cut.rows, cut.blocks, cut.per_block, cut.tile_rows, cut.grid());
+    found["product_bytes"] = product;
+    return found;
+}
+
 py::dict build_info() {
     py::dict info;
     info["compiler"] = FM_COMPILER;
@@ -68,6 +116,11 @@ PYBIND11_MODULE(_host, m) {
     m.def("row_launch", &row, py::arg("words"), py::arg("per_thread"),
           "How permute and unpermute are launched on CUDA for rows of so many accesses, a dict: "
           "threads of a block, columns (blocks a row).");
+    m.def("decode_plan", &decode_plan, py::arg("hidden"), py::arg("width"), py::arg("ranks"),
+          py::arg("processors"), py::arg("shared"), py::arg("tokens"),
+          "How the kernels for few tokens share their work on a device of so many multiprocessors "
+          "with so many bytes of shared memory, a dict: in, out (chunks, tile_rows, parts, groups, "
+          "start), cut (rows, blocks, per_block, tile_rows, grid), product_bytes.");
     m.def("build_info", &build_info,
           "compiler, flags, nvcc, vector_widths, torch (built against), commit: all strings.");
 }

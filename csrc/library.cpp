@@ -39,6 +39,9 @@ STABLE_TORCH_LIBRARY(flexmore_native, m) {
         "topk_route(Tensor logits, Tensor? bias, Tensor? mask, int top_k, bool norm_topk_prob,"
         " int scoring) -> (Tensor, Tensor)");
     m.def(
+        "topk_route_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? mask, int top_k,"
+        " bool norm_topk_prob, int scoring) -> (Tensor, Tensor, Tensor)");
+    m.def(
         "topk_route_backward(Tensor dweights, Tensor logits, Tensor? bias, Tensor? mask,"
         " Tensor indices, bool norm_topk_prob, int scoring) -> Tensor");
     m.def(
@@ -50,6 +53,10 @@ STABLE_TORCH_LIBRARY(flexmore_native, m) {
     m.def(
         "unpermute_backward(Tensor dy, Tensor x, Tensor row_to_slot, Tensor weights)"
         " -> (Tensor, Tensor)");
+
+    m.def(
+        "experts_decode(Tensor x, Tensor indices, Tensor weights, Tensor[] tensors, int[] layout)"
+        " -> Tensor");
 
     m.def(
         "swiglu_mix(Tensor gate, Tensor up, Tensor weights, Tensor slot_to_row)"

@@ -1,0 +1,82 @@
+"""csrc/decode_plan.h: how the kernels for few tokens share their work, for any size."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from flexmore_kernels import native
+
+pytestmark = pytest.mark.skipif(native.host() is None, reason="the module _host was not built")
+
+SIZES = ((64, 128), (72, 200), (2048, 5504), (4096, 11008), (8192, 28672))
+RANKS = ((), (64,) * 6, (1, 4, 8, 64, 256, 2048), (3,) * 15)
+DEVICES = ((132, 233472), (108, 167936), (84, 102400), (1, 233472))
+
+
+@pytest.fixture(
+    params=itertools.product(SIZES, RANKS, DEVICES, (8, 64)), ids=lambda p: "-".join(map(str, p))
+)
+def plan(request):
+    (hidden, width), ranks, (processors, shared), tokens = request.param
+    found = native.host().decode_plan(hidden, width, [0, *ranks], processors, shared, tokens)
+    return found | {"processors": processors, "tokens": tokens, "hidden": hidden, "width": width}
+
+
+@pytest.mark.parametrize("which", ("in", "out"))
+def test_each_unit_has_one_thread_block_and_none_is_idle(plan, which):
+    work = plan[which]
+    units = sum(blocks for _, blocks, _, _ in work["groups"]) * work["chunks"]
+    assert work["start"][0] == 0 and work["start"][-1] == units
+    assert all(a < b for a, b in itertools.pairwise(work["start"]))
+    assert len(work["start"]) - 1 <= plan["processors"]
+    firsts = [first for _, _, first, _ in work["groups"]]
+    assert (
+        firsts
+        == [0, *itertools.accumulate(b * work["chunks"] for _, b, _, _ in work["groups"])][:-1]
+    )
+
+
+def test_a_product_over_all_columns_is_not_cut(plan):
+    work = plan["in"]
+    assert work["parts"] == 1 and all(start % work["chunks"] == 0 for start in work["start"])
+
+
+def test_parts_are_the_most_thread_blocks_that_share_a_block_of_rows(plan):
+    work = plan["out"]
+    spans = list(itertools.pairwise(work["start"]))
+    units = work["start"][-1]
+    most = max(
+        sum(a < first + work["chunks"] and b > first for a, b in spans)
+        for first in range(0, units, work["chunks"])
+    )
+    assert work["parts"] == most
+
+
+@pytest.mark.parametrize("which", ("in", "out"))
+def test_the_ring_fits_and_holds_every_block(plan, which):
+    work = plan[which]
+    tallest = max(-(-rows // blocks) for rows, blocks, _, _ in work["groups"])
+    assert tallest <= work["tile_rows"] and work["tile_rows"] % 16 == 0
+    assert 4 * 128 * (work["tile_rows"] + plan["tokens"]) <= plan["product_bytes"]
+
+
+def test_rows_of_an_expansion_are_cut_evenly(plan):
+    rows, blocks, per_block, tile_rows, grid = plan["cut"]
+    assert rows == plan["width"] and -(-rows // blocks) <= tile_rows <= 96
+    assert (grid - 1) * per_block < blocks <= grid * per_block and grid <= plan["processors"]
+
+
+def test_sums_are_cut_alike_for_any_number_of_tokens():
+    for (hidden, width), ranks, (processors, shared) in itertools.product(SIZES, RANKS, DEVICES):
+        args = (hidden, width, [0, *ranks], processors, shared)
+        few, many = (native.host().decode_plan(*args, tokens)["out"] for tokens in (8, 64))
+        assert few == many
+
+
+def test_thread_blocks_read_equal_bytes():
+    work = native.host().decode_plan(4096, 11008, [0, *[64] * 6], 132, 233472, 16)
+    rows = [b - a for a, b in itertools.pairwise(work["in"]["start"])]
+    assert min(rows) == max(rows) == work["in"]["chunks"]
+    assert 22784 / 132 <= work["in"]["tile_rows"] <= 176
