@@ -140,6 +140,16 @@ def _hopper_runs(device: torch.device) -> bool:
     return native.cuda_runs_on(device.index) and "90a" in native.cuda_archs()
 
 
+def few_tokens(stem: str, tensor: Tensor) -> ModuleType | None:
+    """The library's module for a stem's few tokens, where CUDA is its device and it may run there.
+
+    Who asks has looked at the number of tokens, and at what else these kernels ask for.
+    """
+    if tensor.device.type != "cuda" or (_forced and _forced[-1] != "native"):
+        return None
+    return _module("native", stem) if native.cuda_runs_on() else None
+
+
 def why_not(name: str, stem: str, device: torch.device | str) -> str | None:
     """Why these kernels cannot run `stem` on `device`; None if they can, preferred or not."""
     kind = torch.device(device).type

@@ -30,6 +30,9 @@ from .ragged import MAX_SET_EXPERTS
 DECODE_TOKENS = 64
 """Up to this many tokens a forward is bound by reading the weights once."""
 
+DECODE_EXPERTS = 16
+"""The library's kernels for few tokens hold so many experts' pointers in their arguments."""
+
 FUSED_RANK = 64
 """One block of rank columns: a step of the token-major kernels is one product a projection."""
 
@@ -98,7 +101,14 @@ def watch() -> Iterator[list[Schedule]]:
 def _choose(layouts, few, many, top_k, hidden, width, dtype, kernels) -> Schedule:
     gate, up, down = layouts
     by_set = len(gate) <= MAX_SET_EXPERTS
-    if few and "native" in kernels:
+    decodes = (
+        dtype in (torch.bfloat16, torch.float16)
+        and len(gate) <= DECODE_EXPERTS
+        and not any(FULL in layout[1:] for layout in layouts)
+        and hidden % 8 == 0
+        and width % 8 == 0
+    )
+    if few and decodes and "native" in kernels:
         route = "decode"
     elif "triton" in kernels:
         route = "token-major" if by_set else "expert-major"

@@ -130,7 +130,10 @@ def experts(s: Setup) -> list[Tensor]:
     for entry in (entry for side in sides for entry in side if entry is not None):
         for tensor in entry if isinstance(entry, tuple) else (entry,):
             tensor.requires_grad_()
-    return _backward(ops.experts(s.x(s.tokens, D), s.indices(), s.weights(), *sides))
+    given = (s.x(s.tokens, D), s.indices(), s.weights(), *sides)
+    with torch.no_grad():  # a way of its own for few tokens
+        alone = ops.experts(*given)
+    return [*_backward(ops.experts(*given)), alone]
 
 
 FAMILIES = {

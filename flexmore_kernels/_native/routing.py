@@ -6,8 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..schedule import DECODE_TOKENS
+
 _ops = torch.ops.flexmore_native
 _SCORINGS = {"softmax": 0, "sigmoid": 1, "unit": 2}  # as in csrc/common.h
+MOST_EXPERTS_AT_ONCE = 32
+"""Of the launch that routes few tokens from x."""
 
 
 def topk_route(
@@ -23,6 +27,19 @@ def topk_route(
     return _ops.topk_route(logits_TE, bias, mask, top_k, norm_topk_prob, code)
 
 
+def few_serve(x_TD: Tensor, weight_ED: Tensor) -> bool:
+    """Whether one launch can route these few tokens (on CUDA): csrc/cuda/route_linear.cu."""
+    return (
+        x_TD.is_cuda
+        and x_TD.dtype in (torch.bfloat16, torch.float16)
+        and 0 < x_TD.shape[0] <= DECODE_TOKENS
+        and weight_ED.shape[0] <= MOST_EXPERTS_AT_ONCE
+        and x_TD.shape[1] % 8 == 0
+        and x_TD.data_ptr() % 16 == 0
+        and weight_ED.data_ptr() % 16 == 0
+    )
+
+
 def topk_route_linear(
     x_TD: Tensor,
     weight_ED: Tensor,
@@ -32,7 +49,10 @@ def topk_route_linear(
     norm_topk_prob: bool,
     scoring: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (T, E) in x's dtype by aten's matrix product, then as `topk_route`."""
+    """Logits (T, E) in x's dtype, and with them as `topk_route`."""
+    if few_serve(x_TD, weight_ED):
+        code = _SCORINGS[scoring]
+        return _ops.topk_route_linear(x_TD, weight_ED, bias, mask, top_k, norm_topk_prob, code)
     logits_TE = F.linear(x_TD, weight_ED)
     return logits_TE, *topk_route(logits_TE, bias, mask, top_k, norm_topk_prob, scoring)
 

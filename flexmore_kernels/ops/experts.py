@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import backend
+from .. import backend, schedule
 from ..checks import FLOATS, check_ids, check_ranks, check_tensor, check_weights, checks_values
 from ..library import define
 from ..projection import FULL, Projection, flatten, unflatten
@@ -102,17 +102,31 @@ def _projection(name: str, given: Weights) -> Projection:
         )
     full, factors, layout = [], [], []
     for e, entry in enumerate(given):
-        is_pair = isinstance(entry, (tuple, list)) and len(entry) == 2
-        if not (entry is None or is_pair or isinstance(entry, Tensor)):
+        if isinstance(entry, (tuple, list)) and len(entry) == 2:
+            a = entry[0]
+            if not isinstance(a, Tensor) or a.dim() != 2:
+                check_tensor(f"{name}[{e}][0]", a, ("r", "in"))
+            full.append(None)
+            factors.append(tuple(entry))
+            layout.append(a.shape[0])
+        elif entry is None or isinstance(entry, Tensor):
+            full.append(entry)
+            layout.append(0 if entry is None else FULL)
+        else:
             raise TypeError(
                 f"{name}[{e}]: got {type(entry).__name__}; accepted: a tensor, a pair (a, b), None"
             )
-        full.append(entry if isinstance(entry, Tensor) else None)
-        if is_pair:
-            check_tensor(f"{name}[{e}][0]", entry[0], ("r", "in"))
-            factors.append(tuple(entry))
-        layout.append(FULL if isinstance(entry, Tensor) else entry[0].shape[0] if is_pair else 0)
     return Projection(tuple(full), tuple(factors), tuple(layout), False)
+
+
+def _is_like(value: object, shape: tuple[int, int], x: Tensor) -> bool:
+    """Whether `check_tensor` would pass; quick, for there are many and nearly all do."""
+    return (
+        isinstance(value, Tensor)
+        and value.dtype == x.dtype
+        and value.shape == shape
+        and value.device == x.device
+    )
 
 
 def _check_projection(name: str, side: Projection, num_experts: int, width: int, x: Tensor) -> None:
@@ -123,10 +137,12 @@ def _check_projection(name: str, side: Projection, num_experts: int, width: int,
             f"{name}: got {len(side.full)} entries; accepted: {num_experts}, as many as gate has"
         )
     for e, weight in enumerate(side.full):
-        if weight is not None:
+        if weight is not None and not _is_like(weight, (outer, inner), x):
             check_tensor(f"{name}[{e}]", weight, (outer, inner), (x.dtype,), x.device)
     ranks = [sum(side.ranks)] if side.stacked else [rank for rank in side.ranks if rank]
     for index, ((a, b), rank) in enumerate(zip(side.factors, ranks, strict=True)):
+        if _is_like(a, (rank, inner), x) and _is_like(b, (outer, rank), x):
+            continue
         label = name if side.stacked else f"{name} factors {index}"
         check_tensor(f"{label}.a", a, (rank, inner), (x.dtype,), x.device)
         check_tensor(f"{label}.b", b, (outer, rank), (x.dtype,), x.device)
@@ -157,9 +173,13 @@ def _sorted_rows(x, indices, weights, counts, num_experts) -> tuple[Tensor, Tens
 def _experts(x, indices, weights, tensors, layout, stacked, saves):
     if checks_values(indices):
         check_ids("indices", indices, len(layout) // 3)
-    y, gate, up = backend.kernels(_kernels, x).forward(
-        contiguous("x", x), indices, weights.contiguous(), unflatten(tensors, layout, stacked)
-    )
+    x, weights = contiguous("x", x), weights.contiguous()
+    sides = unflatten(tensors, layout, stacked)
+    if not saves and 0 < x.shape[0] <= schedule.DECODE_TOKENS:
+        y = _decode(x, indices, weights, sides)
+        if y is not None:
+            return y, x.new_empty((0, 0)), x.new_empty((0, 0))
+    y, gate, up = backend.kernels(_kernels, x).forward(x, indices, weights, sides)
     if saves and _shares_base(layout):
         return y, gate, up
     return y, x.new_empty((0, 0)), x.new_empty((0, 0))
@@ -170,6 +190,25 @@ def _shares_base(layout) -> bool:
     num_experts = len(layout) // 3
     gate, up = layout[1:num_experts], layout[num_experts + 1 : 2 * num_experts]
     return num_experts == 1 or any(kind != FULL for kind in (*gate, *up))
+
+
+def _decode(x, indices, weights, sides) -> Tensor | None:
+    """y by the library's kernels for few tokens; None where they do not serve."""
+    kernels = backend.few_tokens(_kernels, x)
+    if kernels is None:
+        return None
+    how = schedule.choose(
+        [side.layout for side in sides],
+        x.shape[0],
+        top_k=indices.shape[1],
+        hidden=x.shape[1],
+        width=sides[0].full[0].shape[0],
+        dtype=x.dtype,
+        kernels=("native",),
+    )
+    if how.route != "decode" or not kernels.decode_serves(x, sides):
+        return None
+    return kernels.decode(x, indices.contiguous(), weights, sides)
 
 
 def _experts_fake(x, indices, weights, tensors, layout, stacked, saves):

@@ -26,6 +26,7 @@ from ..checks import (
 )
 from ..library import define
 from ..ragged import MAX_SET_EXPERTS, RoutingPlan
+from ..schedule import DECODE_TOKENS
 from ..slow_paths import contiguous
 
 _kernels = "routing"
@@ -160,10 +161,11 @@ def _topk_route_fake(logits, bias, mask, top_k, norm_topk_prob, scoring):
 
 
 def _topk_route_linear(x, weight, bias, mask, top_k, norm_topk_prob, scoring):
-    kernels = backend.kernels(_kernels, x, "topk_route_linear", weight.shape[0])
-    result = kernels.topk_route_linear(
-        contiguous("x", x), contiguous("weight", weight), bias, mask, top_k, norm_topk_prob, scoring
-    )
+    x, weight = contiguous("x", x), contiguous("weight", weight)
+    kernels = backend.few_tokens(_kernels, x) if x.shape[0] <= DECODE_TOKENS else None
+    if kernels is None or not kernels.few_serve(x, weight):
+        kernels = backend.kernels(_kernels, x, "topk_route_linear", weight.shape[0])
+    result = kernels.topk_route_linear(x, weight, bias, mask, top_k, norm_topk_prob, scoring)
     if checks_values(x):
         check_routable(result[0], mask)
     return result
