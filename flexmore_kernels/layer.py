@@ -292,5 +292,8 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
         full = tuple(_cast(weight, dtype) for weight in value.full)
         return StackedFactors(full, _cast(value.a, dtype), _cast(value.b, dtype), value.ranks)
     if isinstance(value, (list, tuple)):
-        return type(value)(_cast(part, dtype) for part in value)
+        for part in value:
+            for tensor in part if isinstance(part, tuple) else (part,):
+                if tensor is not None and getattr(tensor, "dtype", None) != dtype:
+                    return type(value)(_cast(part, dtype) for part in value)
     return value

@@ -72,6 +72,12 @@ class Weight(nn.Module):
         return "{}, {}".format(*self.weight.shape)
 
 
+def _weight(module: nn.Module) -> Tensor:
+    """`module.weight`; a parameter is found without a module's slow way to its attributes."""
+    found = module._parameters.get("weight")
+    return module.weight if found is None else found
+
+
 def init_full(weight: Tensor) -> None:
     """normal(0.02)."""
     nn.init.normal_(weight, std=0.02)
@@ -114,7 +120,7 @@ class Experts(nn.ModuleList):
     def full(self, name: str) -> list[Tensor | None]:
         """E full-size weights of a projection, None where there is none."""
         modules = [expert._modules.get(name) for expert in self._modules.values()]
-        return [None if module is None else module.weight for module in modules]
+        return [None if module is None else _weight(module) for module in modules]
 
     def projection(self, name: str) -> list[Tensor | tuple[Tensor, Tensor] | None]:
         """What `ops.experts` takes for a projection: matrices, pairs, or None."""
@@ -122,7 +128,7 @@ class Experts(nn.ModuleList):
         entries: list[Tensor | tuple[Tensor, Tensor] | None] = self.full(name)
         for e, expert in enumerate(self._modules.values()):
             if name_a in expert._modules:
-                entries[e] = (expert._modules[name_a].weight, expert._modules[name_b].weight)
+                entries[e] = (_weight(expert._modules[name_a]), _weight(expert._modules[name_b]))
         return entries
 
 
