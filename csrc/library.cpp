@@ -71,7 +71,7 @@ STABLE_TORCH_LIBRARY(flexmore_native, m) {
     m.def(
         "grouped_gemm(Tensor[] left, Tensor[] right, Tensor[] base, Tensor(a!)[] out,"
         " int[] experts, int[] places, Tensor row_offsets, Tensor row_to_slot, Tensor? weights,"
-        " int top_k, int place, bool gated, int pair, int group) -> ()");
+        " int top_k, int place, bool gated) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flexmore_native, CompositeExplicitAutograd, m) {

@@ -36,7 +36,7 @@ __device__ __forceinline__ void store(const Problems& p, const Problem& problem,
             uint32_t words[4];
 #pragma unroll
             for (int m = 0; m < 4; ++m) words[m] = pair(4 * (4 * b + m) + 2 * i, i);
-            exchange(words);
+            if (!problem.for_threads) exchange(words);
             const int column = mine.column + 32 * b;
             if (mine.row[i] < rows && column < problem.columns) {
                 *reinterpret_cast<uint4*>(out + column) = {words[0], words[1], words[2], words[3]};
@@ -45,52 +45,60 @@ __device__ __forceinline__ void store(const Problems& p, const Problem& problem,
     }
 }
 
-// silu(base_0 + product_0) * (base_1 + product_1): the first base's loads run while the first
-// product does, the second's while the gates are computed, which then starts from it.
-template <class T, int Blocks>
+// silu(base_0 + product_0) * (base_1 + product_1). Half of the first base is loaded while the first
+// product runs; the second product starts from its base. More loads ahead do not fit in registers.
+template <class T>
 __device__ void compute_gated(const Problems& p, Shared& sh, int cluster, int clusters) {
     Ring<kStages> ring;
     int slot[2] = {};
 #pragma unroll 1
     for (int index = cluster; index < sh.first[p.count]; index += clusters) {
-        const Tile tile = find<Blocks>(p, sh, index);
+        const Tile tile = find(p, sh, index);
         const Problem& problem = p.problem[tile.problem];
         const void* const base[2] = {problem.product[0].base, problem.product[1].base};
         const bool based = base[0] || base[1];
-        Mine mine = find_mine<Blocks>(p, tile, based && index == cluster);
+        Mine mine = find_mine(p, tile, based && index == cluster);
         if (index != cluster) mine.slot[0] = slot[0], mine.slot[1] = slot[1];
         Loaded loaded[2];
         const auto load = [&](int which, int i) {
             load_base<T>(loaded[i], base[which], mine.slot[i], p.top_k, mine.column,
                          problem.columns);
         };
-        if (base[1] && threadIdx.x % 4 == 0) {
+        // The four threads of a row ask L2 for its four lines, before they are needed.
+        const int line = min(tile.column + threadIdx.x % 4 * 64, problem.columns - 8);
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                prefetch_bulk(static_cast<const T*>(base[1]) +
-                                  int64_t(mine.slot[i] / p.top_k) * problem.columns + tile.column,
-                              2 * min(kColumns, problem.columns - tile.column));
-            }
+        for (int i = 0; i < 2; ++i) {
+            const int64_t at = int64_t(mine.slot[i] / p.top_k) * problem.columns + line;
+            if (base[0] && i == 1) prefetch_line(static_cast<const T*>(base[0]) + at);
+            if (base[1]) prefetch_line(static_cast<const T*>(base[1]) + at);
         }
         if (base[0]) load(0, 0);
         float sum[128];
         uint32_t gate[64];
         clear(sum);
-        multiply<T, Blocks>(sh, ring, problem.product[0].steps, sum);
-        if (base[0]) load(0, 1), add_base<T, 0>(sum, loaded[0]), add_base<T, 1>(sum, loaded[1]);
+        multiply<T>(sh, ring, problem.product[0].steps, sum);
+        if (base[0]) {
+            load(0, 1);
+            add_base<T, 0>(sum, loaded[0], problem.for_threads);
+            add_base<T, 1>(sum, loaded[1], problem.for_threads);
+        }
 #pragma unroll
         for (int i = 0; i < 64; ++i) {
             gate[i] = pack<T>(silu<T>(sum[2 * i]), silu<T>(sum[2 * i + 1]));
         }
         clear(sum);
-        if (base[1])
-            load(1, 0), add_base<T, 0>(sum, loaded[0]), load(1, 1), add_base<T, 1>(sum, loaded[1]);
-        multiply<T, Blocks>(sh, ring, problem.product[1].steps, sum);
+        if (base[1]) {
+            load(1, 0);
+            add_base<T, 0>(sum, loaded[0], problem.for_threads);
+            load(1, 1);
+            add_base<T, 1>(sum, loaded[1], problem.for_threads);
+        }
+        multiply<T>(sh, ring, problem.product[1].steps, sum);
         if (index + clusters < sh.first[p.count]) {
-            const Mine next = find_mine<Blocks>(p, find<Blocks>(p, sh, index + clusters), true);
+            const Mine next = find_mine(p, find(p, sh, index + clusters), true);
             slot[0] = next.slot[0], slot[1] = next.slot[1];
         }
-        const Mine here = find_mine<Blocks>(p, tile, false);
+        const Mine here = find_mine(p, tile, false);
         store<T>(p, problem, here, tile.begin, tile.rows, [&](int at, int) {
             const float2 g = unpack<T>(gate[at / 2]);
             return pack<T>(g.x * sum[at], g.y * sum[at + 1]);
@@ -99,20 +107,20 @@ __device__ void compute_gated(const Problems& p, Shared& sh, int cluster, int cl
 }
 
 // (product_0 + product_1) times the row's weight.
-template <class T, int Blocks>
+template <class T>
 __device__ void compute_sum(const Problems& p, Shared& sh, int cluster, int clusters) {
     Ring<kStages> ring;
 #pragma unroll 1
     for (int index = cluster; index < sh.first[p.count]; index += clusters) {
-        const Tile tile = find<Blocks>(p, sh, index);
+        const Tile tile = find(p, sh, index);
         const Problem& problem = p.problem[tile.problem];
         float sum[128];
         clear(sum);
 #pragma unroll 1
         for (int i = 0; i < 2; ++i) {
-            multiply<T, Blocks>(sh, ring, problem.product[i].steps, sum);
+            multiply<T>(sh, ring, problem.product[i].steps, sum);
         }
-        const Mine mine = find_mine<Blocks>(p, tile, p.place == kToken);
+        const Mine mine = find_mine(p, tile, p.place == kToken);
         float weight[2] = {1, 1};
         if (p.weights) {
 #pragma unroll
@@ -124,7 +132,7 @@ __device__ void compute_sum(const Problems& p, Shared& sh, int cluster, int clus
     }
 }
 
-template <class T, bool Gated, int Blocks>
+template <class T, bool Gated>
 __global__ void __launch_bounds__(kThreads, 1)
     grouped_gemm_kernel(const __grid_constant__ Problems p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -133,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x == 0) {
         for (int i = 0; i < kStages; ++i) {
             sh.full[i].init(1);
-            sh.empty[i].init(Blocks * kGroups * kWarpgroup / 32);
+            sh.empty[i].init(kBlocks * kGroups * kWarpgroup / 32);
         }
         fence_barrier_init();
         int total = 0;
@@ -143,44 +151,40 @@ __global__ void __launch_bounds__(kThreads, 1)
             const bool all = problem.expert < 0;
             sh.begin[q] = all ? 0 : p.row_offsets[problem.expert];
             sh.rows[q] = all ? problem.rows : p.row_offsets[problem.expert + 1] - sh.begin[q];
-            total += (sh.rows[q] + Blocks * kRows - 1) / (Blocks * kRows) *
+            total += (sh.rows[q] + kBlocks * kRows - 1) / (kBlocks * kRows) *
                      ((problem.columns + kColumns - 1) / kColumns);
         }
         sh.first[p.count] = total;
     }
-    if constexpr (Blocks == 1) {
-        __syncthreads();
-    } else {
-        cluster_sync();
-    }
-    const int cluster = blockIdx.x / Blocks, clusters = gridDim.x / Blocks;
+    cluster_sync();
+    const int cluster = blockIdx.x / kBlocks, clusters = gridDim.x / kBlocks;
     if (threadIdx.x < kWarpgroup) {
-        fewer_registers<24>();
-        if (threadIdx.x == 0) copy_operands<Blocks>(p, sh, cluster, clusters);
+        fewer_registers<Gated ? 24 : 40>();
+        if (threadIdx.x == 0) copy_operands(p, sh, cluster, clusters);
     } else {
-        more_registers<240>();
+        more_registers<Gated ? 240 : 232>();
         if constexpr (Gated) {
-            compute_gated<T, Blocks>(p, sh, cluster, clusters);
+            compute_gated<T>(p, sh, cluster, clusters);
         } else {
-            compute_sum<T, Blocks>(p, sh, cluster, clusters);
+            compute_sum<T>(p, sh, cluster, clusters);
         }
     }
-    if constexpr (Blocks > 1) cluster_sync();  // no arrival at a block that is gone
+    cluster_sync();  // no arrival at a block that is gone
 #endif
 }
 
-template <class T, bool Gated, int Blocks>
+template <class T, bool Gated>
 void launch(const Problems& p, int blocks, cudaStream_t stream) {
-    const auto kernel = grouped_gemm_kernel<T, Gated, Blocks>;
+    const auto kernel = grouped_gemm_kernel<T, Gated>;
     const int shared = sizeof(Shared);
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
                "grouped_gemm: shared memory");
     cudaLaunchAttribute attribute;
     attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = Blocks;
+    attribute.val.clusterDim.x = kBlocks;
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(blocks / Blocks * Blocks);
+    config.gridDim = dim3(blocks / kBlocks * kBlocks);
     config.blockDim = dim3(kThreads);
     config.dynamicSmemBytes = shared;
     config.stream = stream;
@@ -196,11 +200,15 @@ using Ints = std::vector<int64_t>;
 // are entries 2 q and 2 q + 1 of the other lists, empty for none.
 void grouped_gemm(Tensors left, Tensors right, Tensors base, Tensors out, Ints experts, Ints places,
                   Tensor row_offsets, Tensor row_to_slot_N, OptionalTensor weights_TK,
-                  int64_t top_k, int64_t place, bool gated, int64_t pair, int64_t group) {
+                  int64_t top_k, int64_t place, bool gated) {
     const Tensor& like = out.at(0);
     const OnDevice guard(like);
     const ScalarType dtype = like.scalar_type();
-    STD_TORCH_CHECK(experts.size() <= kMaxProblems, "grouped_gemm: too many problems");
+    const size_t entries = 2 * experts.size();
+    STD_TORCH_CHECK(experts.size() <= kMaxProblems && out.size() == experts.size() &&
+                        left.size() == entries && right.size() == entries &&
+                        base.size() == entries && places.size() == entries,
+                    "grouped_gemm: lists of wrong lengths");
     Problems p{};
     p.row_offsets = data<int32_t>(row_offsets);
     p.row_to_slot = data<int32_t>(row_to_slot_N);
@@ -208,7 +216,6 @@ void grouped_gemm(Tensors left, Tensors right, Tensors base, Tensors out, Ints e
     p.count = int(experts.size());
     p.top_k = int(top_k);
     p.place = int(place);
-    p.group = int(group);
     for (int q = 0; q < p.count; ++q) {
         Problem& problem = p.problem[q];
         problem.out = out[q].mutable_data_ptr();
@@ -216,18 +223,28 @@ void grouped_gemm(Tensors left, Tensors right, Tensors base, Tensors out, Ints e
         problem.columns = int(out[q].size(1));
         problem.rows = int(out[q].size(0));
         problem.expert = int(experts[q]);
+        problem.for_threads = right[2 * q].size(0) % 32 == 0 && right[2 * q + 1].size(0) % 32 == 0;
         for (int i = 0; i < 2; ++i) {
             Product& product = problem.product[i];
             const int at = 2 * q + i;
-            const Tensor &l = left[at], &r = right[at];
+            const Tensor &l = left[at], &r = right[at], &b = base[at], &o = out[q];
+            for (const Tensor* t : {&l, &r, &b, &o}) {
+                STD_TORCH_CHECK(
+                    t->numel() == 0 || (t->dim() == 2 && t->scalar_type() == dtype &&
+                                        t->stride(1) == 1 && t->stride(0) % 8 == 0 &&
+                                        t->size(1) % 8 == 0 && aligned(t->const_data_ptr(), 0, 16)),
+                    "grouped_gemm: an operand that cannot be copied in boxes");
+            }
+            STD_TORCH_CHECK(b.numel() == 0 || (b.is_contiguous() && b.size(1) == o.size(1)),
+                            "grouped_gemm: a base must be as wide as the result");
             product.place = int(places[at]);
-            product.base = base[at].numel() ? base[at].const_data_ptr() : nullptr;
+            product.base = b.numel() ? b.const_data_ptr() : nullptr;
             product.steps = l.numel() ? int(ceil_div(l.size(1), kDepth)) : 0;
             if (product.steps == 0) continue;
-            product.left =
-                tensor_map(l.const_data_ptr(), dtype, l.size(0), l.size(1), l.stride(0), kRows);
+            product.left = tensor_map(l.const_data_ptr(), dtype, l.size(0), l.size(1), l.stride(0),
+                                      kRows, false);
             product.right = tensor_map(r.const_data_ptr(), dtype, r.size(0), r.size(1), r.stride(0),
-                                       kColumns / int(pair));
+                                       kColumns / kBlocks, problem.for_threads);
         }
     }
     int blocks = 0;
@@ -237,11 +254,7 @@ void grouped_gemm(Tensors left, Tensors right, Tensors base, Tensors out, Ints e
     const cudaStream_t stream = current_stream(like);
     const auto go = [&](auto tag) {
         using Elem = decltype(tag);
-        if (pair == 2) {
-            (gated ? launch<Elem, true, 2> : launch<Elem, false, 2>)(p, blocks, stream);
-        } else {
-            (gated ? launch<Elem, true, 1> : launch<Elem, false, 1>)(p, blocks, stream);
-        }
+        (gated ? launch<Elem, true> : launch<Elem, false>)(p, blocks, stream);
     };
     if (dtype == ScalarType::Half) {
         go(__half{});

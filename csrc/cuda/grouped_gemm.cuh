@@ -8,8 +8,10 @@ namespace flexmore::cuda {
 
 constexpr int kGroups = 2;  // warpgroups that multiply
 constexpr int kRows = kGroups * 64, kColumns = 256;
+constexpr int kBlocks = 2;  // of a cluster
 constexpr int kStages = 4;
 constexpr int kThreads = (1 + kGroups) * kWarpgroup;
+constexpr int kGroup = 8;  // row tiles that share their columns' operands in L2
 constexpr int kMaxProblems = 16;
 
 // Where row i of an expert's segment is: at its sorted row, at i, or at its token's.
@@ -26,12 +28,13 @@ struct Problem {
     void* out;
     int64_t out_stride;
     int expert, rows, columns;  // expert -1: all of `rows`
+    bool for_threads;           // the order of the right operands' rows
 };
 struct Problems {
     Problem problem[kMaxProblems];
     const int32_t *row_offsets, *row_to_slot;
     const float* weights;  // a slot's, of the result; or null
-    int count, top_k, place, group;
+    int count, top_k, place;
 };
 
 struct Shared {
@@ -42,32 +45,31 @@ struct Shared {
 };
 constexpr int kStageBytes = (kRows + kColumns) * kDepth * 2;
 
-// A tile of the cluster: rows [row, row + Blocks kRows) of a segment that begins at `begin`.
+// A tile of the cluster: rows [row, row + kBlocks kRows) of a segment that begins at `begin`.
 struct Tile {
     int problem, begin, rows, row, column;
 };
 
 // Tile `index`; a problem's tiles go down `group` row tiles before they go to the next column.
-template <int Blocks>
 __device__ Tile find(const Problems& p, const Shared& sh, int index) {
     int q = 0;
     while (index >= sh.first[q + 1]) ++q;
     index -= sh.first[q];
     const int across = (p.problem[q].columns + kColumns - 1) / kColumns;
-    const int down = (sh.rows[q] + Blocks * kRows - 1) / (Blocks * kRows);
-    const int group = index / (p.group * across) * p.group, rest = index % (p.group * across);
-    const int size = min(p.group, down - group);
-    return {q, sh.begin[q], sh.rows[q], (group + rest % size) * Blocks * kRows,
+    const int down = (sh.rows[q] + kBlocks * kRows - 1) / (kBlocks * kRows);
+    const int group = index / (kGroup * across) * kGroup, rest = index % (kGroup * across);
+    const int size = min(kGroup, down - group);
+    return {q, sh.begin[q], sh.rows[q], (group + rest % size) * kBlocks * kRows,
             rest / size * kColumns};
 }
 
-template <int Blocks>
 __device__ void copy_operands(const Problems& p, Shared& sh, int cluster, int clusters) {
-    const int block = Blocks == 1 ? 0 : block_in_cluster();
+    const int block = block_in_cluster();
     Ring<kStages> ring;
     for (int index = cluster; index < sh.first[p.count]; index += clusters) {
-        const Tile tile = find<Blocks>(p, sh, index);
+        const Tile tile = find(p, sh, index);
         const int row = tile.row + block * kRows;
+        const bool for_threads = p.problem[tile.problem].for_threads;
         for (int i = 0; i < 2; ++i) {
             const Product& product = p.problem[tile.problem].product[i];
             const int left_row = row + (product.place == kSorted ? tile.begin : 0);
@@ -75,24 +77,19 @@ __device__ void copy_operands(const Problems& p, Shared& sh, int cluster, int cl
                 sh.empty[ring.slot].wait(ring.parity ^ 1);
                 Barrier* full = &sh.full[ring.slot];
                 full->arrive_expecting(kStageBytes);
-                copy_box<1>(sh.left[ring.slot], product.left, step * kDepth, left_row, full);
-                constexpr int kPart = kColumns / Blocks;
-                copy_box<Blocks>(sh.right[ring.slot] + block * kPart * kDepth * 2, product.right,
-                                 step * kDepth, tile.column + block * kPart, full);
+                copy_box<1>(sh.left[ring.slot], product.left, step * kDepth, left_row, false, full);
+                constexpr int kPart = kColumns / kBlocks;
+                copy_box<kBlocks>(sh.right[ring.slot] + block * kPart * kDepth * 2, product.right,
+                                  step * kDepth, tile.column + block * kPart, for_threads, full);
                 ring.next();
             }
         }
     }
 }
 
-template <int Blocks>
 __device__ __forceinline__ void release(Barrier* empty) {
     const int lane = threadIdx.x % 32;
-    if constexpr (Blocks == 1) {
-        if (lane == 0) empty->arrive();
-    } else {
-        if (lane < Blocks) arrive_at(empty, lane);
-    }
+    if (lane < kBlocks) arrive_at(empty, lane);
 }
 
 __device__ __forceinline__ void clear(float (&sum)[128]) {
@@ -101,7 +98,7 @@ __device__ __forceinline__ void clear(float (&sum)[128]) {
 }
 
 // sum += the next `steps` stages' left right^T.
-template <class T, int Blocks>
+template <class T>
 __device__ __forceinline__ void multiply(Shared& sh, Ring<kStages>& ring, int steps,
                                          float (&sum)[128]) {
     const int group = threadIdx.x / kWarpgroup - 1;
@@ -119,12 +116,12 @@ __device__ __forceinline__ void multiply(Shared& sh, Ring<kStages>& ring, int st
         }
         products_commit();
         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");  // one step stays on its way
-        if (before) release<Blocks>(before);
+        if (before) release(before);
         before = &sh.empty[ring.slot];
         ring.next();
     }
     products_wait<0>(sum);
-    if (before) release<Blocks>(before);
+    if (before) release(before);
 }
 
 template <class T>
@@ -161,6 +158,7 @@ __device__ __forceinline__ float silu(float g) {
 
 // Among the four threads that share a row of a product's result: words[m] of thread q and words[q]
 // of thread m change places. So 4 pairs of columns, 8 apart, and 8 columns in a row are the same.
+// Not needed where the right operand's rows came in the threads' order.
 __device__ __forceinline__ void exchange(uint32_t (&words)[4]) {
     const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
 #pragma unroll
@@ -182,11 +180,10 @@ struct Mine {
     int column;  // its first 8 of 32
 };
 
-template <int Blocks>
 __device__ __forceinline__ Mine find_mine(const Problems& p, const Tile& tile, bool needs_slot) {
     int thread;  // asked anew, not kept in a register
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-    const int lane = thread % 32, block = Blocks == 1 ? 0 : block_in_cluster();
+    const int lane = thread % 32, block = block_in_cluster();
     Mine mine;
     mine.column = tile.column + lane % 4 * 8;
 #pragma unroll
@@ -211,11 +208,12 @@ __device__ __forceinline__ void load_base(Loaded& words, const void* base, int s
     }
 }
 template <class T, int I>
-__device__ __forceinline__ void add_base(float (&sum)[128], const Loaded& loaded) {
+__device__ __forceinline__ void add_base(float (&sum)[128], const Loaded& loaded,
+                                         bool for_threads) {
 #pragma unroll
     for (int b = 0; b < 8; ++b) {
         uint32_t words[4] = {loaded[b].x, loaded[b].y, loaded[b].z, loaded[b].w};
-        exchange(words);
+        if (!for_threads) exchange(words);
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
             const float2 pair = unpack<T>(words[m]);

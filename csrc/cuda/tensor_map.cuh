@@ -13,8 +13,13 @@ constexpr int kDepth = 64;  // summed columns of a tile in shared memory: 128 by
 
 // A (rows, columns) matrix of 16-bit elements whose rows are `stride` elements apart, copied in
 // boxes of `box` rows and kDepth columns; what lies outside reads as zero.
+//
+// Among 32 rows a box may have them in another order, `for_threads`: row 8 q + 2 m + i of the
+// matrix is row 8 m + 2 q + i of the box. As the right operand of a product they are its columns,
+// and each thread, q of its row's four, then has 8 neighbouring ones. The rows must be a multiple
+// of 32.
 inline CUtensorMap tensor_map(const void* data, ScalarType dtype, int64_t rows, int64_t columns,
-                              int64_t stride, int box) {
+                              int64_t stride, int box, bool for_threads) {
     using Encode =
         CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                      const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
@@ -22,21 +27,33 @@ inline CUtensorMap tensor_map(const void* data, ScalarType dtype, int64_t rows, 
     static const Encode encode = [] {
         void* found = nullptr;
         cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
         check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000,
                                                     cudaEnableDefault, &result),
                    "cuTensorMapEncodeTiled");
+#else
+        check_cuda(
+            cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result),
+            "cuTensorMapEncodeTiled");
+#endif
         STD_TORCH_CHECK(result == cudaDriverEntryPointSuccess, "cuTensorMapEncodeTiled is missing");
         return reinterpret_cast<Encode>(found);
     }();
+    const cuuint64_t row = cuuint64_t(stride) * 2, width = cuuint64_t(columns);
+    const cuuint64_t plain_sizes[5] = {width, cuuint64_t(rows), 1, 1, 1};
+    const cuuint64_t plain_strides[4] = {row, row, row, row};
+    const cuuint32_t plain_box[5] = {kDepth, cuuint32_t(box), 1, 1, 1};
+    const cuuint64_t sizes[5] = {width, 2, 4, 4, cuuint64_t(rows / 32)};
+    const cuuint64_t strides[4] = {row, 8 * row, 2 * row, 32 * row};  // of i, q, m, 32 rows
+    const cuuint32_t boxes[5] = {kDepth, 2, 4, 4, cuuint32_t(box / 32)};
+    const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
     CUtensorMap map;
-    const cuuint64_t sizes[2] = {cuuint64_t(columns), cuuint64_t(rows)};
-    const cuuint64_t strides[1] = {cuuint64_t(stride) * 2};
-    const cuuint32_t boxes[2] = {kDepth, cuuint32_t(box)}, steps[2] = {1, 1};
     const CUresult error =
         encode(&map,
                dtype == ScalarType::Half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                          : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-               2, const_cast<void*>(data), sizes, strides, boxes, steps,
+               5, const_cast<void*>(data), for_threads ? sizes : plain_sizes,
+               for_threads ? strides : plain_strides, for_threads ? boxes : plain_box, steps,
                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     STD_TORCH_CHECK(error == CUDA_SUCCESS, "cuTensorMapEncodeTiled: error ", int(error), " for ",
@@ -48,25 +65,24 @@ inline CUtensorMap tensor_map(const void* data, ScalarType dtype, int64_t rows, 
 // the same place of every block of the cluster, on each one's barrier.
 template <int Blocks>
 __device__ __forceinline__ void copy_box(void* to, const CUtensorMap& map, int column, int row,
-                                         Barrier* barrier) {
+                                         bool for_threads, Barrier* barrier) {
+    const int plain = for_threads ? 0 : row, thirties = for_threads ? row / 32 : 0;
     if constexpr (Blocks == 1) {
         asm volatile(
-            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-            "[%0], [%1, {%3, %4}], [%2];" ::"r"(shared_address(to)),
+            "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes "
+            "[%0], [%1, {%3, %4, 0, 0, %5}], [%2];" ::"r"(shared_address(to)),
             "l"(reinterpret_cast<uint64_t>(&map)), "r"(shared_address(barrier)), "r"(column),
-            "r"(row)
+            "r"(plain), "r"(thirties)
             : "memory");
     } else {
         asm volatile(
-            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-            ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(to)),
+            "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
+            ".multicast::cluster [%0], [%1, {%3, %4, 0, 0, %5}], [%2], %6;" ::"r"(
+                shared_address(to)),
             "l"(reinterpret_cast<uint64_t>(&map)), "r"(shared_address(barrier)), "r"(column),
-            "r"(row), "h"(uint16_t((1 << Blocks) - 1))
+            "r"(plain), "r"(thirties), "h"(uint16_t((1 << Blocks) - 1))
             : "memory");
     }
-}
-__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(&map)) : "memory");
 }
 // 16 bytes, loaded here, not where they are first used.
 __device__ __forceinline__ uint4 load_now(const void* from) {
@@ -76,11 +92,8 @@ __device__ __forceinline__ uint4 load_now(const void* from) {
                  : "l"(__cvta_generic_to_global(from)));
     return words;
 }
-// Brings `bytes` (a multiple of 16, as the address) to L2.
-__device__ __forceinline__ void prefetch_bulk(const void* from, int bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)),
-                 "r"(bytes)
-                 : "memory");
+__device__ __forceinline__ void prefetch_line(const void* from) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(from)));
 }
 
 __device__ __forceinline__ int block_in_cluster() {

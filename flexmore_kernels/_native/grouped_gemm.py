@@ -46,8 +46,6 @@ def _launch(work, plan: RoutingPlan, weights, place: int, gated: bool) -> None:
         plan.top_k,
         place,
         gated,
-        2,
-        8,
     )
 
 
