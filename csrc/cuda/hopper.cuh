@@ -16,6 +16,10 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// A value that all threads of a warp have, told to the compiler: branches on it do not diverge,
+// which matrix products require.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xFFFFFFFFu, x, 0); }
+
 // A barrier of `count` arrivals in 8 bytes of shared memory; its phases alternate parity.
 struct Barrier {
     uint64_t word;
@@ -117,10 +121,12 @@ __host__ __device__ __forceinline__ constexpr int operand_offset(int row, int gr
     return (row / 8 * (depth / 8) + group) * 128 + row % 8 * 16;
 }
 
+// Describes the operand at an address; the next 16 summed columns are kNextColumns further on.
 __device__ __forceinline__ uint64_t operand(uint32_t address, int depth) {
     const uint64_t along = 128 >> 4, across = (depth / 8 * 128) >> 4;
-    return uint64_t((address & 0x3FFFF) >> 4) | along << 16 | across << 32;
+    return uint64_t(address >> 4) | along << 16 | across << 32;
 }
+constexpr int kNextColumns = 256 >> 4;
 
 __device__ __forceinline__ void products_begin() {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -128,17 +134,22 @@ __device__ __forceinline__ void products_begin() {
 __device__ __forceinline__ void products_commit() {
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
+// The values are computed here, not after the waits that follow.
+template <int Size>
+__device__ __forceinline__ void settle(float (&d)[Size]) {
+#pragma unroll
+    for (int i = 0; i < Size; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
 // Waits until at most `Left` committed groups are on their way; then d may be used.
 template <int Left, int Size>
 __device__ __forceinline__ void products_wait(float (&d)[Size]) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Left) : "memory");
-#pragma unroll
-    for (int i = 0; i < Size; ++i) asm volatile("" : "+f"(d[i])::"memory");
+    settle(d);
 }
 
-// d (64 x N, N / 2 registers a thread) += a (64 x 16) b (N x 16)^T. Thread t of the warpgroup
-// holds, for j < N / 8, rows t / 32 * 16 + t % 32 / 4 (d[4 j], d[4 j + 1]) and 8 below (d[4 j + 2],
-// d[4 j + 3]), columns 8 j + t % 4 * 2 and the next.
+// d (64 x N, N / 2 registers a thread) = a (64 x 16) b (N x 16)^T, or += if Add. Thread t of the
+// warpgroup holds, for j < N / 8, rows t / 32 * 16 + t % 32 / 4 (d[4 j], d[4 j + 1]) and 8 below
+// (d[4 j + 2], d[4 j + 3]), columns 8 j + t % 4 * 2 and the next.
 #define FM_REGISTERS_8(i)                                                                       \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
         "+f"(d[i + 6]), "+f"(d[i + 7])
@@ -148,29 +159,38 @@ __device__ __forceinline__ void products_wait(float (&d)[Size]) {
                  "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" NAMES \
                  "}, " A ", " B ", add, 1, 1, 0, 0;\n}\n"                                   \
                  : __VA_ARGS__                                                              \
-                 : "l"(a), "l"(b), "r"(1))
+                 : "l"(a), "l"(b), "n"(int(Add)))
 #define FM_PRODUCT_OF_TYPE(N, NAMES, A, B, ONE, ...)          \
     if constexpr (std::is_same_v<T, __half>) {                \
         FM_PRODUCT(N, "f16", NAMES, A, B, ONE, __VA_ARGS__);  \
     } else {                                                  \
         FM_PRODUCT(N, "bf16", NAMES, A, B, ONE, __VA_ARGS__); \
     }
-template <class T>
-__device__ __forceinline__ void product(float (&d)[8], uint64_t a, uint64_t b) {
+template <class T, bool Add>
+__device__ __forceinline__ void product_step(float (&d)[8], uint64_t a, uint64_t b) {
     FM_PRODUCT_OF_TYPE(16, "%0,%1,%2,%3,%4,%5,%6,%7", "%8", "%9", "%10", FM_REGISTERS_8(0))
 }
-template <class T>
-__device__ __forceinline__ void product(float (&d)[16], uint64_t a, uint64_t b) {
+template <class T, bool Add>
+__device__ __forceinline__ void product_step(float (&d)[16], uint64_t a, uint64_t b) {
     FM_PRODUCT_OF_TYPE(32, "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15", "%16", "%17",
                        "%18", FM_REGISTERS_8(0), FM_REGISTERS_8(8))
 }
-template <class T>
-__device__ __forceinline__ void product(float (&d)[32], uint64_t a, uint64_t b) {
+template <class T, bool Add>
+__device__ __forceinline__ void product_step(float (&d)[32], uint64_t a, uint64_t b) {
     FM_PRODUCT_OF_TYPE(64,
                        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,"
                        "%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31",
                        "%32", "%33", "%34", FM_REGISTERS_8(0), FM_REGISTERS_8(8),
                        FM_REGISTERS_8(16), FM_REGISTERS_8(24))
+}
+// d = or += a b^T over Depth summed columns.
+template <class T, bool Add, int Depth, int Size>
+__device__ __forceinline__ void product(float (&d)[Size], uint64_t a, uint64_t b) {
+    product_step<T, Add>(d, a, b);
+#pragma unroll
+    for (int k = 1; k < Depth / 16; ++k) {
+        product_step<T, true>(d, a + k * kNextColumns, b + k * kNextColumns);
+    }
 }
 #undef FM_REGISTERS_8
 #undef FM_PRODUCT
