@@ -60,7 +60,7 @@ STABLE_TORCH_LIBRARY(flexmore_native, m) {
 
         "token_mix(Tensor gate, Tensor up, Tensor weights, Tensor token_order,"
         " Tensor expert_to_row, Tensor row_to_slot, Tensor s, Tensor[] b_gate, Tensor[] b_up,"
-        " Tensor[] a_down, int[] gate_ranks, int[] up_ranks, int[] down_ranks, int[] members)"
+        " Tensor[] a_down, int[] gate_ranks, int[] up_ranks, int[] down_ranks)"
         " -> (Tensor, Tensor)");
     m.def(
         "swiglu_mix(Tensor gate, Tensor up, Tensor weights, Tensor slot_to_row)"

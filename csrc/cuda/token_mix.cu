@@ -11,7 +11,8 @@
 //   copying        one thread: bulk copies of the step's B_g, B_u, A_d, packed as they are read
 //   expanding (2)  one chunk of the pair each: g, u in registers from G, U and two products; h; its
 //                  share of mixed, in registers
-//   shrinking      s_down of every expert in registers, one product a step with h from shared memory
+//   shrinking      s_down of every expert in registers, one product a step with h from shared
+//   memory
 // Sums are in a fixed order; each output has one writer. Column parts make planes of s_down, which
 // sum_planes adds in order.
 //
@@ -125,8 +126,7 @@ void launch(Call& call) {
     constexpr int kExpanding = Cut<Rank>::kExpanding;
     const int64_t groups = ceil_div(m.width, kExpanding * kColumns);  // of chunks
     const int64_t tiles = ceil_div(m.num_tokens, kTokens);
-    const int64_t per_block =
-        ceil_div(groups, count_planes(tiles, m.width, call.multiprocessors));
+    const int64_t per_block = ceil_div(groups, count_planes(tiles, m.width, call.multiprocessors));
     const int64_t num_planes = ceil_div(groups, per_block);
     m.num_chunks = int(groups * kExpanding);
     m.chunks_per_block = int(per_block * kExpanding);
@@ -138,15 +138,17 @@ void launch(Call& call) {
     m.s_down = mutable_data<float>(planes);
     m.factors = packed.const_data_ptr();
     if (call.num_low_rank > 0) {
-        token_mix_pack_kernel<Rank><<<dim3(m.num_chunks, call.num_low_rank, 3), 256, 0, call.stream>>>(
-            call.factors, m.width, mutable_data<uint4>(packed));
+        token_mix_pack_kernel<Rank>
+            <<<dim3(m.num_chunks, call.num_low_rank, 3), 256, 0, call.stream>>>(
+                call.factors, m.width, mutable_data<uint4>(packed));
         check_launch("token_mix: pack");
     }
     const auto kernel = token_mix_kernel<T, Rank>;
     const int shared = sizeof(Shared<Rank>);
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
                "token_mix: shared memory");
-    kernel<<<dim3(grid_size(tiles), unsigned(num_planes)), kThreads<Rank>, shared, call.stream>>>(m);
+    kernel<<<dim3(grid_size(tiles), unsigned(num_planes)), kThreads<Rank>, shared, call.stream>>>(
+        m);
     check_launch("token_mix");
     const int64_t size = m.num_tokens * m.down_width / 4;
     if (size > 0) {
@@ -161,12 +163,13 @@ using Tensors = std::vector<Tensor>;
 
 int64_t padded(int64_t rank) { return ceil_div(rank, 16) * 16; }
 
-// Ranks: -1 marks an expert that another kernel computes; s and s_down have each rank padded to 16.
+// s and s_down have the columns of one expert after the other's, each rank padded to 16; the
+// factors are of the experts with a rank, in order, read where they lie.
 std::tuple<Tensor, Tensor> token_mix(Tensor gate_TF, Tensor up_TF, Tensor weights_TK,
                                      Tensor token_order_T, Tensor expert_to_row_TE,
                                      Tensor row_to_slot_N, Tensor s_TR, Tensors b_gate,
                                      Tensors b_up, Tensors a_down, Ints gate_ranks, Ints up_ranks,
-                                     Ints down_ranks, Ints members) {
+                                     Ints down_ranks) {
     const OnDevice guard(gate_TF);
     const int64_t T = gate_TF.size(0), F = gate_TF.size(1), E = expert_to_row_TE.size(1);
     const ScalarType dtype = gate_TF.scalar_type();
@@ -180,12 +183,11 @@ std::tuple<Tensor, Tensor> token_mix(Tensor gate_TF, Tensor up_TF, Tensor weight
     check_tensor(row_to_slot_N, "row_to_slot", 1, ScalarType::Int);
     check_tensor(s_TR, "s", 2, dtype);
     check_size(s_TR, "s", 0, T);
-    check_same_device(gate_TF, {&up_TF, &weights_TK, &token_order_T, &expert_to_row_TE,
-                                &row_to_slot_N, &s_TR});
-    STD_TORCH_CHECK(E <= kMaxSet && F % 16 == 0 && F < (1 << 30),
-                    "token_mix: at most ", kMaxSet, " experts and a width that is a multiple of ",
-                    "16; got ", E, " and ", F);
-    for (const Ints* ints : {&gate_ranks, &up_ranks, &down_ranks, &members}) {
+    check_same_device(
+        gate_TF, {&up_TF, &weights_TK, &token_order_T, &expert_to_row_TE, &row_to_slot_N, &s_TR});
+    STD_TORCH_CHECK(E <= kMaxSet && F % 16 == 0 && F < (1 << 30), "token_mix: at most ", kMaxSet,
+                    " experts and a width that is a multiple of ", "16; got ", E, " and ", F);
+    for (const Ints* ints : {&gate_ranks, &up_ranks, &down_ranks}) {
         STD_TORCH_CHECK(int64_t(ints->size()) == E, "token_mix: an entry for each expert");
     }
     Call call{};
@@ -202,13 +204,12 @@ std::tuple<Tensor, Tensor> token_mix(Tensor gate_TF, Tensor up_TF, Tensor weight
                             t.size(1 - width_dim) == rank,
                         "token_mix: a factor has another dtype or shape than its rank says");
         check_same_device(gate_TF, {&t});
-        const int place = m.experts.place[e];
-        if (place >= 0) call.factors.of[place][side] = factor(t, width_dim);
+        call.factors.of[m.experts.place[e]][side] = factor(t, width_dim);
     };
     for (int e = 0; e < E; ++e) {
         Experts& x = m.experts;
         const int64_t most = std::max({gate_ranks[e], up_ranks[e], down_ranks[e]});
-        x.place[e] = !members[e] ? -2 : most > 0 ? call.num_low_rank : -1;
+        x.place[e] = most > 0 ? call.num_low_rank : -1;
         if (x.place[e] >= 0) {
             STD_TORCH_CHECK(call.num_low_rank < kMaxLowRank, "token_mix: at most ", kMaxLowRank,
                             " low-rank experts");

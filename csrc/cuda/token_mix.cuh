@@ -1,122 +1,10 @@
 // The kernel of token_mix.cu: what a block does. Compiled for sm_90a alone.
 #pragma once
 
-#include "common.cuh"
-#include "hopper.cuh"
+#include "token_mix_block.cuh"
 
 namespace flexmore::cuda {
 namespace token_mix_impl {
-
-constexpr int kTokens = 64;  // of a block
-constexpr int kMaxLowRank = 6;
-constexpr int kMaxSet = 8;
-
-// How a largest rank of 16, 32 or 64 is cut: columns of a chunk, expanding warpgroups, and registers
-// a thread of these and of the shrinking one.
-template <int Rank>
-struct Cut;
-template <>
-struct Cut<16> {
-    static constexpr int kColumns = 32, kExpanding = 3, kExpand = 120, kShrink = 96;
-};
-template <>
-struct Cut<32> {
-    static constexpr int kColumns = 32, kExpanding = 2, kExpand = 168, kShrink = 152;
-};
-template <>
-struct Cut<64> {
-    static constexpr int kColumns = 32, kExpanding = 2, kExpand = 128, kShrink = 232;
-};
-template <int Rank>
-constexpr int kThreads = (Cut<Rank>::kExpanding + 2) * kWarpgroup;
-constexpr int kCopyRegisters = 24;
-
-// Registers a thread at launch. A block's warpgroups share what it got then: who asks for more than
-// the others gave waits forever.
-template <int Rank>
-constexpr int kLaunchRegisters = 65536 / kThreads<Rank> / 8 * 8;
-template <int Rank>
-constexpr bool kRegistersFit =
-    kCopyRegisters + Cut<Rank>::kExpanding * Cut<Rank>::kExpand + Cut<Rank>::kShrink <=
-    (Cut<Rank>::kExpanding + 2) * kLaunchRegisters<Rank>;
-static_assert(kRegistersFit<16> && kRegistersFit<32> && kRegistersFit<64>);
-
-// Column of a chunk that column n of a matrix product stands for: so a thread's are contiguous.
-template <int Columns>
-__host__ __device__ __forceinline__ constexpr int column_of(int n) {
-    return Columns / 4 * (n % 8 / 2) + n / 8 * 2 + n % 2;
-}
-
-struct Experts {
-    // Of each expert: its place in the packed factors, -1 if it has no delta, -2 if it is another
-    // kernel's; its columns of s and of s_down, and their number: multiples of 8, at most Rank.
-    int place[kMaxSet];
-    int gate_at[kMaxSet], gate_rank[kMaxSet];
-    int up_at[kMaxSet], up_rank[kMaxSet];
-    int down_at[kMaxSet], down_rank[kMaxSet];
-};
-
-struct Mix {
-    const void *gate, *up, *s, *factors;
-    const float* weights;
-    const int32_t *token_order, *expert_to_row, *row_to_slot;
-    void* mixed;
-    float* s_down;  // (planes, T, R_d)
-    int64_t num_tokens, width, s_width, down_width;
-    int num_experts;
-    int num_chunks, chunks_per_block;  // multiples of Cut's kExpanding
-    Experts experts;
-};
-
-template <int Rank>
-struct Shared {
-    static constexpr int kColumns = Cut<Rank>::kColumns, kExpanding = Cut<Rank>::kExpanding;
-    static constexpr int kStages = 4 * kExpanding;  // of factors
-    static constexpr int kHidden = 2 * kExpanding;  // h tiles between expanding and shrinking
-    static constexpr int kFactor = kColumns * Rank * 2;  // bytes of one of B_g, B_u, A_d
-    alignas(128) unsigned char s[kMaxLowRank][2][kTokens * Rank * 2];
-    alignas(128) unsigned char stage[kStages][3 * kFactor];
-    alignas(128) unsigned char hidden[kHidden][kTokens * kColumns * 2];
-    float weight[kMaxLowRank][kTokens];  // 0 where not chosen; then `chosen` has no bit
-    float base_weight[kTokens];          // of the experts without a delta
-    int token[kTokens];                  // -1 past the end
-    int chosen[kTokens];                 // bits: chosen entries of `present`; bit 31: base_weight
-    int present[kMaxLowRank], num_present, set;
-    Barrier stage_full[kStages], stage_empty[kStages], hidden_full[kHidden], hidden_empty[kHidden];
-};
-
-template <class T>
-__device__ __forceinline__ float2 unpack(uint32_t pair) {
-    if constexpr (std::is_same_v<T, __half>) {
-        return __half22float2(*reinterpret_cast<const __half2*>(&pair));
-    } else {
-        return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u)};
-    }
-}
-template <class T>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-    if constexpr (std::is_same_v<T, __half>) {
-        const __half2 pair = __floats2half2_rn(low, high);
-        return *reinterpret_cast<const uint32_t*>(&pair);
-    } else {
-        const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-        return *reinterpret_cast<const uint32_t*>(&pair);
-    }
-}
-
-// g sigmoid(g) from g / 2 by one special-function instruction: in error 2^-12 |g| at most, an eighth
-// of a rounding to bfloat16.
-__device__ __forceinline__ float silu_of_half(float half) {
-    float t;
-    asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(half));
-    return fmaf(half, t, half);
-}
-
-// x, or 0 where the mask is 0: selected, not multiplied, since Inf and NaN of experts that were not
-// chosen must not reach a sum; by bits, since the compiler branches around a conditional's sigmoid.
-__device__ __forceinline__ float selected(float x, uint32_t mask) {
-    return __uint_as_float(__float_as_uint(x) & mask);
-}
 
 // Which experts the block's tokens chose, with which weights; the tokens' rows of s.
 template <class T, int Rank>
@@ -141,8 +29,7 @@ __device__ void gather(const Mix& m, Shared<Rank>& sh) {
         const int token = place < m.num_tokens ? m.token_order[place] : -1;
         sh.token[thread] = token;
         for (int e = 0; e < m.num_experts && token >= 0; ++e) {
-            const bool mine = m.expert_to_row[int64_t(token) * m.num_experts + e] >= 0;
-            set |= mine && m.experts.place[e] > -2 ? 1 << e : 0;
+            set |= m.expert_to_row[int64_t(token) * m.num_experts + e] >= 0 ? 1 << e : 0;
         }
         atomicOr(&sh.set, set);
     }
@@ -235,8 +122,7 @@ __device__ void expand(const Mix& m, Shared<Rank>& sh, int begin, int end, int w
     const int lane = threadIdx.x % 32, warp = threadIdx.x % kWarpgroup / 32;
     const int rows[2] = {warp * 16 + lane / 4, warp * 16 + lane / 4 + 8};
     // Where this lane's row of the blocks that stmatrix stores lies in an h tile.
-    const int stored =
-        operand_offset(warp * 16 + lane / 8 % 2 * 8 + lane % 8, lane / 16, kColumns);
+    const int stored = operand_offset(warp * 16 + lane / 8 % 2 * 8 + lane % 8, lane / 16, kColumns);
     const int present = uniform(sh.num_present), column = lane % 4 * (kColumns / 4);
     int64_t first[2];
 #pragma unroll
@@ -357,9 +243,9 @@ __device__ void shrink(const Mix& m, Shared<Rank>& sh, int begin, int end) {
                 sh.stage_full[ring.slot].wait(ring.parity);
                 sh.hidden_full[hidden.slot].wait(hidden.parity);
                 products_begin();
-                product<T, true, kColumns>(
-                    sums[e], h_tiles + hidden.slot * (kTokens * kColumns * 2 / 16),
-                    factors + ring.slot * (3 * kFactor / 16));
+                product<T, true, kColumns>(sums[e],
+                                           h_tiles + hidden.slot * (kTokens * kColumns * 2 / 16),
+                                           factors + ring.slot * (3 * kFactor / 16));
                 products_commit();
                 products_wait<0>(sums[e]);
                 if (lane == 0) {
@@ -402,7 +288,8 @@ __device__ void shrink(const Mix& m, Shared<Rank>& sh, int begin, int end) {
 }
 
 template <class T, int Rank>
-__global__ void __launch_bounds__(kThreads<Rank>, 1) token_mix_kernel(const __grid_constant__ Mix m) {
+__global__ void __launch_bounds__(kThreads<Rank>, 1)
+    token_mix_kernel(const __grid_constant__ Mix m) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ __align__(128) unsigned char raw[];
     Shared<Rank>& sh = *reinterpret_cast<Shared<Rank>*>(raw);
