@@ -58,6 +58,7 @@ STABLE_TORCH_LIBRARY(flexmore_native, m) {
         "experts_decode(Tensor x, Tensor indices, Tensor weights, Tensor[] tensors, int[] layout)"
         " -> Tensor");
 
+    m.def(
         "token_mix(Tensor gate, Tensor up, Tensor weights, Tensor token_order,"
         " Tensor expert_to_row, Tensor row_to_slot, Tensor s, Tensor[] b_gate, Tensor[] b_up,"
         " Tensor[] a_down, int[] gate_ranks, int[] up_ranks, int[] down_ranks)"

@@ -103,34 +103,42 @@ class Projection(NamedTuple):
         """The ranks rounded up to a multiple."""
         return tuple(-(-rank // multiple) * multiple for rank in self.ranks)
 
-    def pack(self, multiple: int) -> tuple[Tensor, Tensor]:
-        """All factors as a (R, in) and b (out, R), each rank padded with zeros to a multiple."""
+    def pack_a(self, multiple: int) -> Tensor:
+        """All of a as (R, in), each rank padded with zeros to a multiple."""
+        return self._pack(0, multiple)
+
+    def pack_b(self, multiple: int) -> Tensor:
+        """All of b as (out, R), padded alike."""
+        return self._pack(1, multiple)
+
+    def _pack(self, which: int, multiple: int) -> Tensor:
         base = self.full[0]
+        size = base.shape[1 - which]
+
+        def zeros(rank: int) -> Tensor:
+            return base.new_zeros((size, rank) if which else (rank, size))
+
         if not any(self.ranks):
-            return base.new_empty((0, base.shape[1])), base.new_empty((base.shape[0], 0))
+            return zeros(0)
         if self.stacked:
             if self.padded_ranks(multiple) == self.ranks:
-                return self.factors[0]
+                return self.factors[0][which]
             warn_once(
                 "padded factors",
                 f"Stacked factors are copied and padded at each call, since not all ranks are "
                 f"multiples of {multiple}; those that are, are read in place.",
             )
-        parts_a, parts_b = [], []
+        parts = []
         most = max(-rank % multiple for rank in self.ranks)
-        if most:
-            zeros_a = base.new_zeros((most, base.shape[1]))
-            zeros_b = base.new_zeros((base.shape[0], most))
+        filler = zeros(most) if most else None
         for pair in self.factor_pairs():
             if pair is None:
                 continue
-            parts_a.append(pair[0])
-            parts_b.append(pair[1])
+            parts.append(pair[which])
             padding = -pair[0].shape[0] % multiple
             if padding:
-                parts_a.append(zeros_a[:padding])
-                parts_b.append(zeros_b[:, :padding])
-        return torch.cat(parts_a), torch.cat(parts_b, dim=1)
+                parts.append(filler.narrow(which, 0, padding))
+        return torch.cat(parts, dim=which)
 
     def unpack(self, da: Tensor | None, db: Tensor | None, multiple: int) -> list[tuple]:
         """Packed gradients of a (R, in) and of b, transposed (R, out), as those of `factors`."""

@@ -119,7 +119,8 @@ def _choose(layouts, few, many, top_k, hidden, width, dtype, kernels) -> Schedul
         own = tuple(e for e, way in enumerate(ways) if way in ("grouped", "full"))
         return Schedule(route, ways, True, own)
     pairs = list(zip(gate[1:], up[1:], strict=True))
-    small = all(0 <= rank <= FUSED_RANK for pair in pairs for rank in pair)
+    small = FULL not in down[1:]
+    small = small and all(0 <= rank <= FUSED_RANK for pair in pairs for rank in pair)
     low_rank = "fused" if by_set and small and route != "loop" else "grouped"
     ways = ("base", *(_way(pair, low_rank) for pair in pairs))
     return Schedule(route, ways, route != "loop" and by_set and FULL not in down[1:])

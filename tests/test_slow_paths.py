@@ -146,4 +146,4 @@ def test_padded_stacks_are_said(ranks, words):
     total = sum(ranks)
     pair = (torch.zeros(total, 8), torch.zeros(6, total))
     side = Projection((torch.zeros(6, 8), None, None), (pair,), (FULL, *ranks[1:]), True)
-    assert len(said(lambda: side.pack(16))) == words
+    assert len(said(lambda: side.pack_a(16))) == words

@@ -15,7 +15,6 @@ full-size experts fill their rows by grouped_gemm.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import schedule
@@ -34,8 +33,14 @@ def forward(x, indices, weights, sides) -> tuple[Tensor, Tensor | None, Tensor |
         return own_rows.forward(x, indices, weights, sides, how.own)
     bases = x @ gate.full[0].T, x @ up.full[0].T
     layer = Routed(x, indices, sides)
-    mixed, h_NF = _hidden(layer, how, *bases, layer.base_weights(down, weights))
     low, plan = layer.packed[2], layer.plan
+    if how.all_fused:
+        mixed, s_down, _ = token_major.hidden(layer, *bases, weights, plan)
+        if not low.any:
+            return mixed @ down.full[0].T, *bases
+        y = mm(mixed, down.full[0].T)
+        return token_major.add_expanded(y, s_down, low.b), *bases
+    mixed, h_NF = _hidden(layer, how, *bases, layer.base_weights(down, weights))
     if not (low.any or down.has_extra_full):
         return mixed @ down.full[0].T, *bases
     z_down = layer.shrink(h_NF, low.a, low.ranks)
@@ -50,14 +55,8 @@ def forward(x, indices, weights, sides) -> tuple[Tensor, Tensor | None, Tensor |
 
 def _hidden(layer: Routed, how: schedule.Schedule, gate_TF, up_TF, weights):
     """mixed (T, F) and h (N, F); of h the rows of experts with a delta or weight of their own."""
-    gate, up, down = layer.sides
     low_gate, low_up, _ = layer.packed
     plan, x = layer.plan, layer.x
-    if how.all_fused:
-        s_TR = x @ torch.cat([low_gate.a, low_up.a]).T
-        writes = tuple(int(kind != 0) for kind in (0, *down.layout[1:]))
-        factors = (low_gate.b, low_gate.ranks, low_up.b, low_up.ranks)
-        return token_major.mix(gate_TF, up_TF, weights, plan, s_TR, *factors, writes)
     z = [layer.shrink(x, low.a, low.ranks, gather=True) for low in (low_gate, low_up)]
     if "full" in how.ways:
         rows = layer.preactivations(gate_TF, up_TF, z)

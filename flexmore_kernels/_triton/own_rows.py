@@ -51,9 +51,12 @@ def forward(x, indices, weights, sides, own: tuple[int, ...]):
     bases = (x @ gate.full[0].T, x @ up.full[0].T) if shared.hidden else (None, None)
     layer = Routed(x, indices, [side.without(own) for side in sides])
     products = layer.hopper or backend.kernels("grouped_gemm", x)
-    mixed, h_NF = None, x.new_empty(layer.plan.num_rows, F)
+    others = token_major.Hidden(None, None, None)
     if 0 not in own:
-        mixed, h_NF = _others(layer, *bases, weights, own)
+        others = _others(layer, *bases, weights, own)
+    mixed, h_NF = others.mixed, others.rows
+    if h_NF is None:
+        h_NF = x.new_empty(layer.plan.num_rows, F)
     _fill_hidden(layer, products, sides, bases, own, h_NF)
     by_shared = [e for e in own if e == 0 and shared.down or down.layout[e] != FULL]
     if by_shared:
@@ -61,7 +64,7 @@ def forward(x, indices, weights, sides, own: tuple[int, ...]):
         mixed = layer.permutation.unpermute(h_NF, slots, weights, mixed)
     y = None
     if shared.down:
-        s_TR, b_DR = _shrunk(layer, products, sides[2], own, h_NF, weights)
+        s_TR, b_DR = _shrunk(layer, products, sides[2], own, h_NF, others.s_down, weights)
         if len(by_shared) == len(own):
             return layer.down(mixed, down.full[0], s_TR, b_DR), *bases
         y = mm(mixed, down.full[0].T)
@@ -84,17 +87,12 @@ def _slots_of(layer: Routed, experts) -> Tensor:
     return torch.where(wanted[ids] > 0, plan.slot_to_row, -1)
 
 
-def _others(layer: Routed, gate_TF, up_TF, weights, own) -> tuple[Tensor, Tensor]:
-    """mixed (T, F) of the token-major experts, and h (N, F) with the rows of those with deltas."""
+def _others(layer: Routed, gate_TF, up_TF, weights, own) -> token_major.Hidden:
+    """What `token_major.hidden` gives for the experts without own rows: those count as chosen."""
     plan = layer.plan
     hidden = tuple(int(e in own) for e in range(plan.num_experts))
     chosen = torch.where(ranks_tensor(hidden, layer.x.device) > 0, -1, plan.expert_to_row)
-    low_gate, low_up, _ = layer.packed
-    s_TR = layer.x @ torch.cat([low_gate.a, low_up.a]).T
-    writes = tuple(int(kind != 0) for kind in (0, *layer.sides[2].layout[1:]))
-    factors = (low_gate.b, low_gate.ranks, low_up.b, low_up.ranks)
-    plan = plan._replace(expert_to_row=chosen)
-    return token_major.mix(gate_TF, up_TF, weights, plan, s_TR, *factors, writes)
+    return token_major.hidden(layer, gate_TF, up_TF, weights, plan._replace(expert_to_row=chosen))
 
 
 def _fill_hidden(layer: Routed, products, sides, bases, own, h_NF) -> None:
@@ -133,7 +131,7 @@ def _reads_x(side: Projection, bases, e: int) -> bool:
     return bases[0] is None if e == 0 else side.layout[e] != 0
 
 
-def _shrunk(layer: Routed, products, down: Projection, own, h_NF, weights):
+def _shrunk(layer: Routed, products, down: Projection, own, h_NF, s_others, weights):
     """s_down (T, R) = p A_d h and B_d (D, R) of all low-rank experts; columns of a token that did
     not choose an expert are zero.
     """
@@ -144,8 +142,7 @@ def _shrunk(layer: Routed, products, down: Projection, own, h_NF, weights):
     fused = low.b.shape[1]
     s_TR = x.new_zeros(x.shape[0], fused + sum(widths))
     if low.any:
-        z = layer.shrink(h_NF, low.a, low.ranks)
-        s_TR[:, :fused] = token_major.weighted(z, weights, plan, low.ranks)
+        s_TR[:, :fused] = s_others
     columns = s_TR[:, fused:].split(widths, 1)
     order = sorted(zip(mine, columns, strict=True), key=lambda pair: -pair[1].shape[1])
     work = [RowProducts(e, out, Term(h_NF, pairs[e][0])) for e, out in order]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
 
 import torch
 from torch import Tensor
@@ -23,12 +23,22 @@ HOPPER_TOKENS = 1024
 """Fewer leave multiprocessors without one of the grouped GEMM's tiles, 128 x 256."""
 
 
-class Packed(NamedTuple):
-    """One projection's factors as the kernels read them."""
+class Packed:
+    """One projection's factors side by side, laid so when they are first read."""
 
-    a: Tensor  # (R, in)
-    b: Tensor  # (out, R)
-    ranks: tuple[int, ...]  # padded
+    def __init__(self, side: Projection) -> None:
+        self._side = side
+        self.ranks = side.padded_ranks(RANK_MULTIPLE)
+
+    @functools.cached_property
+    def a(self) -> Tensor:
+        """(R, in)"""
+        return self._side.pack_a(RANK_MULTIPLE)
+
+    @functools.cached_property
+    def b(self) -> Tensor:
+        """(out, R)"""
+        return self._side.pack_b(RANK_MULTIPLE)
 
     @property
     def any(self) -> bool:
@@ -46,9 +56,7 @@ class Routed:
         by_set = num_experts <= MAX_SET_EXPERTS
         maps = backend.kernels("routing", x).make_plan(indices.contiguous(), num_experts, by_set)
         self.plan = RoutingPlan(indices, *maps, num_experts, self.top_k)
-        self.packed = [
-            Packed(*side.pack(RANK_MULTIPLE), side.padded_ranks(RANK_MULTIPLE)) for side in sides
-        ]
+        self.packed = [Packed(side) for side in sides]
         self.lowrank = backend.kernels("lowrank", x)
         self.permutation = backend.kernels("permutation", x)
         self.mix = backend.kernels("gated_mix", x)

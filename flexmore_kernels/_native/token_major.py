@@ -1,0 +1,59 @@
+"""The middle of a token-major forward on Hopper in the compiled library: csrc/cuda/token_mix.cu."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..projection import Projection
+from ..ragged import RoutingPlan
+
+_ops = torch.ops.flexmore_native
+
+FEWEST_TOKENS = 512
+"""With fewer, Triton's kernels, which fill the device sooner, are faster (measured on an H100)."""
+MOST_LOW_RANK = 6
+MOST_RANK = 64
+
+
+def serves(gate_TF: Tensor, sides: Sequence[Projection]) -> bool:
+    """Whether `hidden` takes these sizes; the device and the dtype are the caller's to check."""
+    tokens, width = gate_TF.shape
+    low_rank = [max(ranks) for ranks in zip(*(side.ranks for side in sides), strict=True)]
+    return (
+        tokens >= FEWEST_TOKENS
+        and width % 16 == 0
+        and sum(rank > 0 for rank in low_rank) <= MOST_LOW_RANK
+        and max(low_rank) <= MOST_RANK
+    )
+
+
+def hidden(
+    gate_TF: Tensor,
+    up_TF: Tensor,
+    weights_TK: Tensor,
+    plan: RoutingPlan,
+    s_TR: Tensor,
+    sides: Sequence[Projection],
+) -> tuple[Tensor, Tensor]:
+    """mixed (T, F) = sum_e p_e h_e and s_down (T, R) = p_e A_d,e h_e, 0 where e was not chosen.
+
+    s is A x of gate, then of up, for all tokens; in s and s_down each expert's rank is padded to a
+    multiple of 16. The factors are read where they lie.
+    """
+    pairs = [[pair for pair in side.factor_pairs() if pair is not None] for side in sides]
+    return _ops.token_mix(
+        gate_TF,
+        up_TF,
+        weights_TK,
+        plan.token_order,
+        plan.expert_to_row,
+        plan.row_to_slot,
+        s_TR,
+        [b for _, b in pairs[0]],
+        [b for _, b in pairs[1]],
+        [a for a, _ in pairs[2]],
+        *(side.ranks for side in sides),
+    )
