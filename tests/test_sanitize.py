@@ -54,6 +54,14 @@ def _poisoned_memory():
     """Not here: initcheck can find a read of unwritten memory only where nobody filled it."""
 
 
+@pytest.fixture(autouse=True)
+def _kernels_for_many_tokens(monkeypatch):
+    """For few tokens, too: a case has hardly any."""
+    from flexmore_kernels._native import token_major
+
+    monkeypatch.setattr(token_major, "FEWEST_TOKENS", 1)
+
+
 @pytest.fixture
 def _plain_products():
     """Products of torch's as plain sums: of cuBLAS's bulk copies initcheck sees no writing, and
