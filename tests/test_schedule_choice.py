@@ -51,7 +51,7 @@ def test_a_base_that_none_shares_is_an_expert_as_others(entry):
 
 def test_a_full_size_down_is_not_one_dense_product():
     how = choose((16, 16, FULL), tokens=OWN_TOKENS - 1)
-    assert how.ways == ("base", "fused") and not how.dense_down
+    assert how.ways == ("base", "grouped") and not how.dense_down
 
 
 def test_many_experts_are_expert_major():

@@ -108,11 +108,10 @@ def projection(entries: list) -> Projection:
 
 def fused(inputs: Inputs, ids: Tensor) -> tuple[Tensor, Tensor]:
     """The same by the kernels under test."""
-    from flexmore_kernels._triton import token_major
     from flexmore_kernels._triton.routed import Routed
 
     layer = Routed(inputs.x, ids, [projection(side) for side in inputs.sides])
-    return token_major.hidden(layer, inputs.gate, inputs.up, inputs.weights, layer.plan)[:2]
+    return layer.hidden(inputs.gate, inputs.up, inputs.weights, layer.plan)[:2]
 
 
 @pytest.fixture(

@@ -35,11 +35,8 @@ def forward(x, indices, weights, sides) -> tuple[Tensor, Tensor | None, Tensor |
     layer = Routed(x, indices, sides)
     low, plan = layer.packed[2], layer.plan
     if how.all_fused:
-        mixed, s_down, _ = token_major.hidden(layer, *bases, weights, plan)
-        if not low.any:
-            return mixed @ down.full[0].T, *bases
-        y = mm(mixed, down.full[0].T)
-        return token_major.add_expanded(y, s_down, low.b), *bases
+        mixed, s_down, _ = layer.hidden(*bases, weights, plan)
+        return layer.down(mixed, down.full[0], s_down, low.b), *bases
     mixed, h_NF = _hidden(layer, how, *bases, layer.base_weights(down, weights))
     if not (low.any or down.has_extra_full):
         return mixed @ down.full[0].T, *bases

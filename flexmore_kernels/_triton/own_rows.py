@@ -88,11 +88,11 @@ def _slots_of(layer: Routed, experts) -> Tensor:
 
 
 def _others(layer: Routed, gate_TF, up_TF, weights, own) -> token_major.Hidden:
-    """What `token_major.hidden` gives for the experts without own rows: those count as chosen."""
+    """The token-major middle, where experts with rows of their own count as not chosen."""
     plan = layer.plan
     hidden = tuple(int(e in own) for e in range(plan.num_experts))
     chosen = torch.where(ranks_tensor(hidden, layer.x.device) > 0, -1, plan.expert_to_row)
-    return token_major.hidden(layer, gate_TF, up_TF, weights, plan._replace(expert_to_row=chosen))
+    return layer.hidden(gate_TF, up_TF, weights, plan._replace(expert_to_row=chosen))
 
 
 def _fill_hidden(layer: Routed, products, sides, bases, own, h_NF) -> None:

@@ -93,6 +93,24 @@ class Routed:
             kernels = backend.kernels("grouped_gemm", x)
             kernels.grouped_gemm(x, side.extra_full, self.plan.row_offsets, transpose, out)
 
+    def hidden(self, gate_TF, up_TF, weights, plan: RoutingPlan) -> token_major.Hidden:
+        """The token-major middle: one kernel of the compiled library on Hopper, else three."""
+        low_gate, low_up, low_down = self.packed
+        s_TR = self.x @ torch.cat([low_gate.a, low_up.a]).T
+        hopper = backend.hopper("token_major", gate_TF)
+        if hopper is not None and hopper.serves(gate_TF, self.sides):
+            kept = hopper.hidden(gate_TF, up_TF, weights, plan, s_TR, self.sides)
+            return token_major.Hidden(*kept, None)
+        writes = tuple(int(rank > 0) for rank in low_down.ranks)
+        factors = (low_gate.b, low_gate.ranks, low_up.b, low_up.ranks)
+        mixed, rows = token_major.mix(gate_TF, up_TF, weights, plan, s_TR, *factors, writes)
+        if not low_down.any:
+            return token_major.Hidden(mixed, s_TR.new_empty(plan.num_tokens, 0), rows)
+        z = self.shrink(rows, low_down.a, low_down.ranks)
+        return token_major.Hidden(
+            mixed, token_major.weighted(z, weights, plan, low_down.ranks), rows
+        )
+
     def down(self, mixed: Tensor, w_DF: Tensor, s_TR: Tensor, b_DR: Tensor) -> Tensor:
         """y (T, D) = mixed W_d^T + s_down B_d^T, one sum."""
         if not s_TR.shape[1]:

@@ -28,9 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import backend, ragged
+from .. import ragged
 from . import tiles
-from .routed import Routed
 from .tiles import add_product, aligned, packed_offset, sigmoid
 
 
@@ -153,24 +152,6 @@ class Hidden(NamedTuple):
     mixed: Tensor  # (T, F) sum_e p_e h_e
     s_down: Tensor  # (T, R) p_e A_d,e h_e, 0 where e was not chosen
     rows: Tensor | None  # (N, F), with the rows of h that `shrink` read, if they were written
-
-
-def hidden(
-    layer: Routed, gate: Tensor, up: Tensor, weights: Tensor, plan: ragged.RoutingPlan
-) -> Hidden:
-    """The middle of the forward: by one kernel of the compiled library on Hopper, else by three."""
-    low_gate, low_up, low_down = layer.packed
-    s = layer.x @ torch.cat([low_gate.a, low_up.a]).T
-    hopper = backend.hopper("token_major", gate)
-    if hopper is not None and hopper.serves(gate, layer.sides):
-        return Hidden(*hopper.hidden(gate, up, weights, plan, s, layer.sides), None)
-    writes = tuple(int(rank > 0) for rank in low_down.ranks)
-    factors = (low_gate.b, low_gate.ranks, low_up.b, low_up.ranks)
-    mixed, rows = mix(gate, up, weights, plan, s, *factors, writes)
-    if not low_down.any:
-        return Hidden(mixed, s.new_empty(plan.num_tokens, 0), rows)
-    z = layer.shrink(rows, low_down.a, low_down.ranks)
-    return Hidden(mixed, weighted(z, weights, plan, low_down.ranks), rows)
 
 
 def mix(

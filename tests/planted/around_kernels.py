@@ -151,9 +151,9 @@ BUGS = (
         "factors packed once",
         "Packed by identity or version: a fused optimizer and `.data` change neither.",
         "flexmore_kernels/projection.py",
-        "    def pack(self, multiple: int) -> tuple[Tensor, Tensor]:\n",
+        "    def _pack(self, which: int, multiple: int) -> Tensor:\n",
         '    @__import__("functools").lru_cache\n'
-        "    def pack(self, multiple: int) -> tuple[Tensor, Tensor]:\n",
+        "    def _pack(self, which: int, multiple: int) -> Tensor:\n",
         "tests/test_storage.py",
         "interpreter",
     ),
