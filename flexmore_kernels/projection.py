@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .ragged import rank_offsets
+from .ragged import joined, rank_offsets
 from .slow_paths import warn_once
 
 RANK_MULTIPLE = 16
@@ -138,7 +138,7 @@ class Projection(NamedTuple):
             padding = -pair[0].shape[0] % multiple
             if padding:
                 parts.append(filler.narrow(which, 0, padding))
-        return torch.cat(parts, dim=which)
+        return joined(parts, which)
 
     def unpack(self, da: Tensor | None, db: Tensor | None, multiple: int) -> list[tuple]:
         """Packed gradients of a (R, in) and of b, transposed (R, out), as those of `factors`."""

@@ -120,6 +120,20 @@ def packed_size(ranks: Sequence[int], num_tokens: int, top_k: int) -> int:
     return num_tokens * sum(sorted(ranks, reverse=True)[:top_k])
 
 
+def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """The matrices side by side; a view where they lie so in one storage, else a copy."""
+    first, place = parts[0], parts[0].storage_offset()
+    storage = first.untyped_storage().data_ptr()
+    for part in parts:
+        apart = part.storage_offset() != place or part.untyped_storage().data_ptr() != storage
+        if apart or part.stride() != first.stride():
+            return torch.cat(tuple(parts), dim)
+        place += part.shape[dim] * first.stride(dim)
+    size = list(first.shape)
+    size[dim] = sum(part.shape[dim] for part in parts)
+    return first.as_strided(size, first.stride(), first.storage_offset())
+
+
 def rows_to_slots(values: Tensor, slot_to_row: Tensor) -> Tensor:
     """A number a row (N,) as a number a slot (T, K); 0 for empty slots."""
     if values.shape[0] == 0:

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from flexmore_kernels import Ragged, ops
-from flexmore_kernels.ragged import packed_size, rank_offsets, rank_offsets_tensor, ranks_tensor
+from flexmore_kernels.ragged import (
+    joined,
+    packed_size,
+    rank_offsets,
+    rank_offsets_tensor,
+    ranks_tensor,
+)
 
 
 def test_worked_example_of_the_docstring():
@@ -51,3 +57,28 @@ def test_ops_take_ranks_as_ragged_or_as_a_sequence(as_ragged):
     plan = ops.make_plan(torch.tensor([[0], [1]]), 2)
     ranks = Ragged.from_sizes([1, 2]) if as_ragged else [1, 2]
     assert ops.shrink(torch.ones(2, 3), torch.ones(3, 3), plan, ranks).tolist() == [3, 3, 3, 0]
+
+
+def test_joined_is_a_view_where_parts_lie_end_to_end():
+    whole = torch.arange(60.0).view(6, 10)
+    for dim, sizes in ((0, (1, 3, 2)), (1, (4, 1, 5)), (0, (2, 0, 4)), (0, (6,))):
+        parts = whole.split(sizes, dim)
+        found = joined(parts, dim)
+        assert torch.equal(found, whole) and found.data_ptr() == whole.data_ptr()
+    inner = joined(whole.split((2, 3, 5), 1)[1:], 1)
+    assert torch.equal(inner, whole[:, 2:]) and inner.stride() == (10, 1)
+
+
+@pytest.mark.parametrize("change", ["order", "gap", "transposed", "storage", "again"])
+def test_joined_copies_what_lies_apart(change):
+    whole = torch.arange(60.0).view(6, 10)
+    one, two, three = whole.split(2)
+    parts = {
+        "order": [two, one],
+        "gap": [one, three],
+        "transposed": [whole[:2, :2], whole[2:4, :2].T],
+        "storage": [one, two.clone()],
+        "again": [one, one],
+    }[change]
+    found = joined(parts, 0)
+    assert torch.equal(found, torch.cat(parts)) and found.data_ptr() != parts[0].data_ptr()

@@ -14,6 +14,7 @@ from ..ragged import (
     RoutingPlan,
     RowProducts,
     Term,
+    joined,
     packed_size,
     ranks_tensor,
 )
@@ -96,7 +97,7 @@ class Routed:
     def hidden(self, gate_TF, up_TF, weights, plan: RoutingPlan) -> token_major.Hidden:
         """The token-major middle: one kernel of the compiled library on Hopper, else three."""
         low_gate, low_up, low_down = self.packed
-        s_TR = self.x @ torch.cat([low_gate.a, low_up.a]).T
+        s_TR = self.x @ joined([low_gate.a, low_up.a], 0).T
         hopper = backend.hopper("token_major", gate_TF)
         if hopper is not None and hopper.serves(gate_TF, self.sides):
             kept = hopper.hidden(gate_TF, up_TF, weights, plan, s_TR, self.sides)
