@@ -93,6 +93,23 @@ py::dict decode_plan(int64_t hidden, int64_t width, const std::vector<int64_t>& 
     return found;
 }
 
+py::dict sweep(const std::vector<int64_t>& size) {
+    check_range("sizes", static_cast<int64_t>(size.size()), 11, 11);
+    SweepSize s{size[0], size[1], size[2], size[3], size[4],  size[5],
+                size[6], size[7], size[8], size[9], size[10], 0};
+    s.groups = sweep_groups(s.tokens, s.top_k, s.num_experts, s.width, s.blocks);
+    const SweepLaunch launch = sweep_launch(s);
+    py::dict found;
+    found["groups"] = s.groups;
+    found["passes"] = launch.passes;
+    found["steps"] = launch.steps;
+    found["slots"] = launch.slots;
+    found["tiles_per_warp"] = launch.tiles_per_warp;
+    found["staged_experts"] = launch.staged_experts;
+    found["shared_bytes"] = launch.shared_bytes;
+    return found;
+}
+
 py::dict build_info() {
     py::dict info;
     info["compiler"] = FM_COMPILER;
@@ -121,6 +138,10 @@ PYBIND11_MODULE(_host, m) {
           "How the kernels for few tokens share their work on a device of so many multiprocessors "
           "with so many bytes of shared memory, a dict: in, out (chunks, tile_rows, parts, groups, "
           "start), cut (rows, blocks, per_block, tile_rows, grid), product_bytes.");
+    m.def("sweep_launch", &sweep, py::arg("sizes"),
+          "How rows of many experts are swept on CUDA, a dict; sizes: tokens, top_k, num_experts, "
+          "width, blocks, warps of a block that form rows, bytes of shared memory and of the L2 "
+          "cache, and bytes of a tile, of an expert's factors and of what runs ahead.");
     m.def("build_info", &build_info,
           "compiler, flags, nvcc, vector_widths, torch (built against), commit: all strings.");
 }

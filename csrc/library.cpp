@@ -48,6 +48,19 @@ STABLE_TORCH_LIBRARY(flexmore_native, m) {
         "make_plan(Tensor indices, int num_experts, bool by_set)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 
+    m.def(
+        "shrink_rows(Tensor x, Tensor row_to_slot, Tensor row_offsets, int top_k, Tensor a_gate,"
+        " Tensor ranks_gate, Tensor offsets_gate, Tensor a_up, Tensor ranks_up, Tensor offsets_up,"
+        " int rank) -> Tensor");
+    m.def(
+        "mix_rows(Tensor gate, Tensor up, Tensor weights, Tensor row_to_slot, Tensor slot_to_row,"
+        " Tensor row_offsets, Tensor z, Tensor b_gate, Tensor ranks_gate, Tensor offsets_gate,"
+        " Tensor b_up, Tensor ranks_up, Tensor offsets_up, Tensor a_down, Tensor ranks_down,"
+        " Tensor offsets_down) -> (Tensor, Tensor)");
+    m.def(
+        "add_rows(Tensor base, Tensor weights, Tensor row_to_slot, Tensor slot_to_row,"
+        " Tensor row_offsets, Tensor planes, Tensor b, Tensor ranks, Tensor offsets) -> Tensor");
+
     m.def("permute(Tensor x, Tensor row_to_slot, Tensor slot_to_row) -> Tensor");
     m.def("unpermute(Tensor x, Tensor slot_to_row, Tensor? weights, Tensor? base) -> Tensor");
     m.def(

@@ -94,4 +94,61 @@ inline RowLaunch row_launch(int64_t words, int64_t per_thread) {
     return {threads, ceil_div(words, per_thread * threads)};
 }
 
+// ---- many experts: rows are formed and summed in slabs of columns (gated_mix.cu).
+
+constexpr int kSweepSlab = 64;      // columns
+constexpr int64_t kSweepSlots = 3;  // slabs of rows that are kept
+
+// The most tiles of 16 rows that so many rows of so many experts make.
+inline int64_t sweep_tiles(int64_t rows, int64_t num_experts) {
+    const int64_t busy = std::min(rows, num_experts);
+    return busy + (rows - busy) / 16;
+}
+
+// Into how many groups of blocks, each with slabs of its own: one where there are as many tiles as
+// half the warps that form rows.
+inline int64_t sweep_groups(int64_t tokens, int64_t top_k, int64_t num_experts, int64_t width,
+                            int64_t blocks) {
+    const int64_t tiles = sweep_tiles(tokens * top_k, num_experts);
+    const int64_t wanted = 16 * blocks / std::max<int64_t>(tiles, 1);
+    return std::max<int64_t>(1, std::min({wanted, ceil_div(width, kSweepSlab), blocks}));
+}
+
+struct SweepSize {
+    int64_t tokens, top_k, num_experts, width;
+    int64_t blocks, formers;             // multiprocessors; warps of a block that form rows
+    int64_t most_shared, l2;             // bytes: of a block, of the cache
+    int64_t tile, staged_expert, ahead;  // bytes of shared memory: each, each, in all
+    int64_t groups;
+};
+struct SweepLaunch {
+    int64_t passes, steps, slots, tiles_per_warp, staged_experts, shared_bytes;
+};
+
+inline SweepLaunch sweep_launch(const SweepSize& s) {
+    SweepLaunch launch{};
+    launch.steps = ceil_div(ceil_div(s.width, kSweepSlab), s.groups);
+    launch.slots = std::min(kSweepSlots, launch.steps);
+    // The ring fits in half the cache, unless experts then have less than a tile.
+    const int64_t rows = s.tokens * s.top_k, row_bytes = launch.slots * kSweepSlab * 2 * s.groups;
+    const int64_t fitting = ceil_div(rows * row_bytes, s.l2 / 2);
+    launch.passes = std::max<int64_t>(1, std::min(fitting, rows / (16 * s.num_experts)));
+    const int64_t warps = s.blocks / s.groups * s.formers;
+    const int64_t tables = 4 * (4 * s.num_experts + 1);
+    while (true) {
+        const int64_t tiles =
+            sweep_tiles(ceil_div(s.tokens, launch.passes) * s.top_k, s.num_experts);
+        launch.tiles_per_warp = ceil_div(tiles, warps);
+        launch.shared_bytes =
+            std::max(s.ahead, tables) + s.formers * launch.tiles_per_warp * s.tile;
+        if (launch.shared_bytes <= s.most_shared || launch.passes >= s.tokens) break;
+        ++launch.passes;
+    }
+    launch.staged_experts = std::min((s.most_shared - launch.shared_bytes) / s.staged_expert,
+                                     std::min(s.num_experts, s.formers * launch.tiles_per_warp));
+    launch.staged_experts = std::max<int64_t>(launch.staged_experts, 0);
+    launch.shared_bytes += launch.staged_experts * s.staged_expert;
+    return launch;
+}
+
 }  // namespace flexmore::cuda

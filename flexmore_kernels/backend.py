@@ -121,23 +121,27 @@ def kernels(stem: str, tensor: Tensor, function: str = "", num_experts: int = 0)
     return _module(name, stem)
 
 
-def hopper(stem: str, tensor: Tensor) -> ModuleType | None:
-    """The library's kernels of `stem` for compute capability 9.0 and 16-bit floats; None where they
-    cannot run on the tensor, or others are asked for by `use`.
+def library(stem: str, tensor: Tensor) -> ModuleType | None:
+    """The library's CUDA kernels of `stem`, for what only they do, with 16-bit floats; None where
+    they cannot run on the tensor, or others are asked for by `use`.
     """
     if tensor.device.type != "cuda" or tensor.dtype not in (torch.bfloat16, torch.float16):
         return None
-    if (_forced and _forced[-1] != "native") or not _hopper_runs(tensor.device):
+    if (_forced and _forced[-1] != "native") or not native.cuda_runs_on(tensor.device.index):
         return None
     return _module("native", stem)
 
 
+def hopper(stem: str, tensor: Tensor) -> ModuleType | None:
+    """As `library`, where the kernels are for compute capability 9.0 alone."""
+    return library(stem, tensor) if _is_hopper(tensor.device) else None
+
+
 @functools.cache
-def _hopper_runs(device: torch.device) -> bool:
-    if torch.cuda.get_device_capability(device) != (9, 0):
-        return False
+def _is_hopper(device: torch.device) -> bool:
     # Code for 9.0 without the "a", or made from older PTX, has empty kernels.
-    return native.cuda_runs_on(device.index) and "90a" in native.cuda_archs()
+    capable = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return capable and "90a" in native.cuda_archs()
 
 
 def few_tokens(stem: str, tensor: Tensor) -> ModuleType | None:

@@ -80,6 +80,32 @@ def test_sizes_that_make_plan_refuses(given, name):
         host.plan_launch(*given)
 
 
+# Shared memory and L2 of compute capability 9.0, 8.0 and 8.9; bytes of a tile, of an expert's
+# factors in two slabs and of G and U that run ahead, at rank 16 and 64.
+GPUS = ((132, 232192, 52428800), (108, 166656, 41943040), (24, 101120, 25165824))
+TILES = ((8, 2128, 12320, 65536), (4, 8272, 49184, 32768), (8, 592, 4128, 0))
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("tile", TILES)
+def test_sweeps_cover_all_tiles_and_fit(gpu, tile):
+    (blocks, shared, l2), (formers, *sizes) = gpu, tile
+    for tokens, top_k, experts, width in itertools.product(
+        (1, 7, 64, 500, 4096, 16384, 70000), (1, 8), (9, 64, 512, 1024), (8, 520, 5504)
+    ):
+        given = [tokens, top_k, experts, width, blocks, formers, shared, l2, *sizes]
+        launch = host.sweep_launch(given)
+        groups, passes = launch["groups"], launch["passes"]
+        assert 1 <= groups <= min(blocks, -(-width // 64)), given
+        assert launch["steps"] * groups * 64 >= width and 1 <= launch["slots"] <= 3, given
+        assert launch["shared_bytes"] <= shared, given
+        rows = -(-tokens // passes) * top_k
+        busy = min(rows, experts)
+        warps = blocks // groups * formers
+        assert launch["tiles_per_warp"] * warps >= busy + (rows - busy) // 16, given
+        assert launch["slots"] == launch["steps"] or launch["slots"] == 3, given
+
+
 @pytest.mark.parametrize("per_thread", (1, 2))
 def test_row_blocks_cover_the_row_and_fit(per_thread):
     for words in (*range(1, 2100), 4096, 5504, 11008, 2**20 + 1, 2**31, 2**40):

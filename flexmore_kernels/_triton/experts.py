@@ -7,17 +7,18 @@ a copy of the factors, a few percent of the base's bytes, never of the base. The
     z = A_e x (shrink)  ->  h = SwiGLU(G + B z, U + B z), mixed = sum_e p_e h_e (gated_mix)
     delta = B_d A_d h (shrink, expand)  ->  y = W_d mixed + sum_e p_e delta_e (cuBLAS, unpermute)
 
-where W_d mixed stays in float32 until the deltas are added. With few experts the last line, but for
-its shrink, is token-major (token_major.py), and with small ranks the first one too; with many
-tokens, experts of large ranks and full-size ones then have rows of their own (own_rows.py). Else
-full-size experts fill their rows by grouped_gemm.
+where W_d mixed stays in float32 until the deltas are added. Of many experts of small ranks the
+compiled library does both lines, but for the product with W_d (csrc/cuda/gated_mix.cu). With few
+experts the last line, but for its shrink, is token-major (token_major.py), and with small ranks the
+first one too; with many tokens, experts of large ranks and full-size ones then have rows of their
+own (own_rows.py). Else full-size experts fill their rows by grouped_gemm.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from .. import schedule
+from .. import backend, schedule
 from . import own_rows, token_major
 from .experts_backward import backward as backward
 from .routed import Routed, mm
@@ -33,6 +34,10 @@ def forward(x, indices, weights, sides) -> tuple[Tensor, Tensor | None, Tensor |
         return own_rows.forward(x, indices, weights, sides, how.own)
     bases = x @ gate.full[0].T, x @ up.full[0].T
     layer = Routed(x, indices, sides)
+    if how.route == "expert-major" and "full" not in how.ways and not down.has_extra_full:
+        y = _by_library(layer, *bases, weights)
+        if y is not None:
+            return y, *bases
     low, plan = layer.packed[2], layer.plan
     if how.all_fused:
         mixed, s_down, _ = layer.hidden(*bases, weights, plan)
@@ -48,6 +53,19 @@ def forward(x, indices, weights, sides) -> tuple[Tensor, Tensor | None, Tensor |
     delta_ND = layer.expand(z_down, low.b, low.ranks)
     layer.full_rows(h_NF, down, delta_ND)
     return layer.unpermute(delta_ND, weights, y), *bases
+
+
+def _by_library(layer: Routed, gate_TF, up_TF, weights) -> Tensor | None:
+    """y (T, D) of many experts of small ranks by the compiled library; None where it cannot."""
+    factors = [(low.a, low.b, low.ranks) for low in layer.packed]
+    kernels = backend.library("lowrank", layer.x)
+    if kernels is None or not kernels.serves(factors, layer.x, gate_TF, up_TF):
+        return None
+    mixed, planes = kernels.hidden_sum(layer.x, gate_TF, up_TF, weights, layer.plan, *factors)
+    w_DF = layer.sides[2].full[0]
+    if not layer.packed[2].any:
+        return mixed @ w_DF.T
+    return kernels.add_down(mm(mixed, w_DF.T), weights, layer.plan, planes, factors[2])
 
 
 def _hidden(layer: Routed, how: schedule.Schedule, gate_TF, up_TF, weights):
