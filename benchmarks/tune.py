@@ -113,8 +113,9 @@ def problem(case: Case) -> Callable[[], Tensor | list[Tensor]]:
         return functools.partial(token_major.add_expanded, *args)
     factors = normal(F, R), case.ranks, normal(F, R), case.ranks
     writes = tuple(int(rank > 0) for rank in case.ranks)
-    args = (normal(T, F), normal(T, F), routing.weights, plan, normal(T, 2 * R), *factors, writes)
-    return lambda: token_major.mix(*args)[0]
+    rows = torch.empty(plan.num_rows, F, device=DEVICE, dtype=DTYPE)
+    args = (normal(T, F), normal(T, F), routing.weights, plan, normal(T, 2 * R), *factors)
+    return functools.partial(token_major.mix, *args, writes, rows)
 
 
 def candidates(kernel: str, safe: Tile) -> Iterator[Tile]:

@@ -74,8 +74,8 @@ STABLE_TORCH_LIBRARY(flexmore_native, m) {
     m.def(
         "token_mix(Tensor gate, Tensor up, Tensor weights, Tensor token_order,"
         " Tensor expert_to_row, Tensor row_to_slot, Tensor s, Tensor[] b_gate, Tensor[] b_up,"
-        " Tensor[] a_down, int[] gate_ranks, int[] up_ranks, int[] down_ranks)"
-        " -> (Tensor, Tensor)");
+        " Tensor[] a_down, int[] gate_ranks, int[] up_ranks, int[] down_ranks, Tensor? rows,"
+        " Tensor? row_slots) -> (Tensor, Tensor)");
     m.def(
         "swiglu_mix(Tensor gate, Tensor up, Tensor weights, Tensor slot_to_row)"
         " -> (Tensor, Tensor)");

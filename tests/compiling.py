@@ -57,7 +57,7 @@ CALLS = {
     "fp16, 17 experts": Call(Setup((0, *[16] * 16), 1024, FP16)),
     "fp32, equal ranks": Call(Setup(EQUAL, 4096, FP32), ("routing", "experts")),
     "fp32, mixed": Call(Setup(MIXED, 1024, FP32)),
-    "fp32, TF32 allowed": Call(Setup(MIXED, 1024, FP32), tf32=True),
+    "fp32, TF32 allowed": Call(Setup(MIXED, 256, FP32), tf32=True),
 }
 WIDE = ("size", "plane_size")  # of all integers that kernels are given, these can pass 2^31
 

@@ -111,7 +111,35 @@ def fused(inputs: Inputs, ids: Tensor) -> tuple[Tensor, Tensor]:
     from flexmore_kernels._triton.routed import Routed
 
     layer = Routed(inputs.x, ids, [projection(side) for side in inputs.sides])
-    return layer.hidden(inputs.gate, inputs.up, inputs.weights, layer.plan)[:2]
+    return layer.hidden(inputs.gate, inputs.up, inputs.weights, layer.plan)
+
+
+def scale(ids: Tensor) -> Tensor:
+    return 0.5 ** ids.clamp(min=0)  # exact in every dtype
+
+
+def fused_with_rows(inputs: Inputs, ids: Tensor, own: tuple, h: Tensor) -> tuple[Tensor, Tensor]:
+    """The same where rows of h (T, F) of `own` experts are there already; other rows are NaN."""
+    from flexmore_kernels._triton import own_rows
+    from flexmore_kernels._triton.routed import Routed
+
+    layer = Routed(inputs.x, ids, [projection(side) for side in inputs.sides])
+    slots = own_rows._slots_of(layer, own)
+    rows = h.new_full((layer.plan.num_rows, h.shape[1]), float("nan"))
+    token, k = torch.where(slots >= 0)
+    rows[slots[token, k].long()] = h[token] * scale(ids[token, k, None])
+    plan = own_rows._others(layer.plan, own)
+    return layer.hidden(inputs.gate, inputs.up, inputs.weights, plan, (rows, slots))
+
+
+def plain_with_rows(inputs: Inputs, ids: Tensor, own: tuple, h: Tensor) -> tuple[Tensor, Tensor]:
+    """That in plain PyTorch: each own expert's h is the given one, halved e times."""
+    is_own = torch.isin(ids, torch.tensor(own, device=ids.device))
+    mixed, s_down = plain(inputs, ids.masked_fill(is_own, -1))
+    for k in range(ids.shape[1]):
+        p = (inputs.weights[:, k] * is_own[:, k])[:, None].to(h.dtype)
+        mixed = mixed + p * (h * scale(ids[:, k, None]))
+    return mixed, s_down
 
 
 @pytest.fixture(
@@ -135,6 +163,16 @@ def way(request, device, monkeypatch):
         yield "triton"
 
 
+def assert_hidden_is_accurate(draws: list) -> None:
+    """Of draws (out, in float64, in the same dtype), each a pair of mixed and s_down."""
+    for index, what in enumerate(("mixed", "s_down")):
+        if draws[0][0][index].numel():
+            outs, refs64, sames = (
+                [part[index] for part in parts] for parts in zip(*draws, strict=True)
+            )
+            assert_accurate_draws(outs, refs64, sames, what)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
 def test_hidden(name, dtype, device, way):
@@ -152,12 +190,36 @@ def test_hidden(name, dtype, device, way):
         for a, b in zip(out, fused(inputs, ids), strict=True):
             assert_same(a, b)
         draws.append((out, plain(to_float64(inputs), ids), plain(inputs, ids)))
-    for index, what in enumerate(("mixed", "s_down")):
-        if draws[0][0][index].numel():
-            outs, refs64, sames = (
-                [part[index] for part in parts] for parts in zip(*draws, strict=True)
-            )
-            assert_accurate_draws(outs, refs64, sames, what)
+    assert_hidden_is_accurate(draws)
+
+
+OWN_CASES = {
+    "one": (Case("one row a token at most", 70, 32, 48, (0, 64, 0), 2), (2,)),
+    "rank_16": (Case("several", 130, 32, 208, (0, 16, 0, 9, 0, 0, 16), 5), (2, 4, 5)),
+    "rank_32": (Case("width past the last chunk", 77, 24, 112, (0, 32, 0), 2), (2,)),
+    "rank_64": (Case("every row", 65, 32, 96, (0, 64, 64, 0, 0, 0, 64), 7, 0.0), (3, 4, 5)),
+    "no_delta": (Case("no other experts but the base", 80, 16, 48, (0, 0, 0), 2, 0.3), (1, 2)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", OWN_CASES)
+def test_rows_of_other_experts_are_added(name, dtype, device, way):
+    if way == "hopper" and dtype == torch.float32:
+        pytest.skip("the kernel for Hopper takes 16-bit floats")
+    skip_interpreted(way, device, dtype)
+    case, own = OWN_CASES[name]
+    draws = []
+    for _ in range(DRAWS):
+        inputs = make_inputs(case, device, dtype)
+        h = make_x(case.tokens, case.width, device, dtype)
+        ids = some_ids(case.tokens, len(case.ranks), case.top_k, case.empty).to(device)
+        out = fused_with_rows(inputs, ids, own, h)
+        for a, b in zip(out, fused_with_rows(inputs, ids, own, h), strict=True):
+            assert_same(a, b)
+        wide = plain_with_rows(to_float64(inputs), ids, own, h.double())
+        draws.append((out, wide, plain_with_rows(inputs, ids, own, h)))
+    assert_hidden_is_accurate(draws)
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])

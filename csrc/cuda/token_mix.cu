@@ -3,7 +3,9 @@
 //   mixed (T, F) = sum_e p_e h_e,   h_e = silu(G + S_g,e B_g,e^T) * (U + S_u,e B_u,e^T)
 //   s_down (T, R_d) = p_e h_e A_d,e^T, zero where the token did not choose e
 //
-// h_e exists on the chip alone. Mathematics: reference/gated_mix.py and reference/lowrank.py.
+// h_e exists on the chip alone. To mixed, rows of h that other kernels left in memory (experts
+// whose ranks are larger) are added on the way. Mathematics: reference/gated_mix.py and
+// reference/lowrank.py.
 //
 // A block (token_mix.cuh) owns 64 tokens of like expert sets and a part of the columns, and walks
 // over pairs of chunks of 32 or 64 columns, within each over the experts that some of its tokens
@@ -46,7 +48,7 @@ template <int Rank>
 __global__ void __launch_bounds__(256)
     token_mix_pack_kernel(const __grid_constant__ Factors factors, int64_t width,
                           uint4* __restrict__ out) {
-    constexpr int kColumns = Cut<Rank>::kColumns;
+    constexpr int kColumns = Cut<Rank, false>::kColumns;
     const int chunk = blockIdx.x, num_chunks = gridDim.x, place = blockIdx.y, side = blockIdx.z;
     const Factor& f = factors.of[place][side];
     const bool is_down = side == 2;
@@ -119,11 +121,11 @@ struct Call {
     cudaStream_t stream;
 };
 
-template <class T, int Rank>
+template <class T, int Rank, bool Rows>
 void launch(Call& call) {
-    constexpr int kColumns = Cut<Rank>::kColumns;
+    using Cut = Cut<Rank, Rows>;
+    constexpr int kColumns = Cut::kColumns, kExpanding = Cut::kExpanding;
     Mix& m = call.mix;
-    constexpr int kExpanding = Cut<Rank>::kExpanding;
     const int64_t groups = ceil_div(m.width, kExpanding * kColumns);  // of chunks
     const int64_t tiles = ceil_div(m.num_tokens, kTokens);
     const int64_t per_block = ceil_div(groups, count_planes(tiles, m.width, call.multiprocessors));
@@ -143,8 +145,8 @@ void launch(Call& call) {
                 call.factors, m.width, mutable_data<uint4>(packed));
         check_launch("token_mix: pack");
     }
-    const auto kernel = token_mix_kernel<T, Rank>;
-    const int shared = sizeof(Shared<Rank>);
+    const auto kernel = token_mix_kernel<T, Rank, Rows>;
+    const int shared = sizeof(Shared<Rank, Rows>);
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
                "token_mix: shared memory");
     kernel<<<dim3(grid_size(tiles), unsigned(num_planes)), kThreads<Rank>, shared, call.stream>>>(
@@ -169,7 +171,8 @@ std::tuple<Tensor, Tensor> token_mix(Tensor gate_TF, Tensor up_TF, Tensor weight
                                      Tensor token_order_T, Tensor expert_to_row_TE,
                                      Tensor row_to_slot_N, Tensor s_TR, Tensors b_gate,
                                      Tensors b_up, Tensors a_down, Ints gate_ranks, Ints up_ranks,
-                                     Ints down_ranks) {
+                                     Ints down_ranks, std::optional<Tensor> rows_NF,
+                                     std::optional<Tensor> row_slots_TK) {
     const OnDevice guard(gate_TF);
     const int64_t T = gate_TF.size(0), F = gate_TF.size(1), E = expert_to_row_TE.size(1);
     const ScalarType dtype = gate_TF.scalar_type();
@@ -187,11 +190,25 @@ std::tuple<Tensor, Tensor> token_mix(Tensor gate_TF, Tensor up_TF, Tensor weight
         gate_TF, {&up_TF, &weights_TK, &token_order_T, &expert_to_row_TE, &row_to_slot_N, &s_TR});
     STD_TORCH_CHECK(E <= kMaxSet && F % 16 == 0 && F < (1 << 30), "token_mix: at most ", kMaxSet,
                     " experts and a width that is a multiple of ", "16; got ", E, " and ", F);
+    STD_TORCH_CHECK(rows_NF.has_value() == row_slots_TK.has_value(),
+                    "token_mix: rows and row_slots go together");
+    if (rows_NF) {
+        check_tensor(*rows_NF, "rows", 2, dtype);
+        check_size(*rows_NF, "rows", 1, F);
+        check_tensor(*row_slots_TK, "row_slots", 2, ScalarType::Int);
+        check_size(*row_slots_TK, "row_slots", 0, T);
+        check_size(*row_slots_TK, "row_slots", 1, weights_TK.size(1));
+        check_same_device(gate_TF, {&*rows_NF, &*row_slots_TK});
+        STD_TORCH_CHECK(weights_TK.size(1) <= kMaxSet && rows_NF->size(0) > 0,
+                        "token_mix: with rows, at most ", kMaxSet, " experts a token and ",
+                        "at least a row");
+    }
     for (const Ints* ints : {&gate_ranks, &up_ranks, &down_ranks}) {
         STD_TORCH_CHECK(int64_t(ints->size()) == E, "token_mix: an entry for each expert");
     }
     Call call{};
     Mix& m = call.mix;
+    const int most_low_rank = rows_NF ? kMostLowRank<true> : kMostLowRank<false>;
     int64_t s_width = 0, down_width = 0, largest = 0;
     size_t next[3] = {};
     const Tensors* lists[3] = {&b_gate, &b_up, &a_down};
@@ -211,7 +228,7 @@ std::tuple<Tensor, Tensor> token_mix(Tensor gate_TF, Tensor up_TF, Tensor weight
         const int64_t most = std::max({gate_ranks[e], up_ranks[e], down_ranks[e]});
         x.place[e] = most > 0 ? call.num_low_rank : -1;
         if (x.place[e] >= 0) {
-            STD_TORCH_CHECK(call.num_low_rank < kMaxLowRank, "token_mix: at most ", kMaxLowRank,
+            STD_TORCH_CHECK(call.num_low_rank < most_low_rank, "token_mix: at most ", most_low_rank,
                             " low-rank experts");
             ++call.num_low_rank;
             largest = std::max(largest, most);
@@ -240,6 +257,11 @@ std::tuple<Tensor, Tensor> token_mix(Tensor gate_TF, Tensor up_TF, Tensor weight
     m.token_order = data<int32_t>(token_order_T);
     m.expert_to_row = data<int32_t>(expert_to_row_TE);
     m.row_to_slot = data<int32_t>(row_to_slot_N);
+    if (rows_NF) {
+        m.rows = rows_NF->const_data_ptr();
+        m.row_slots = data<int32_t>(*row_slots_TK);
+        m.top_k = int(weights_TK.size(1));
+    }
     m.mixed = mixed_TF.mutable_data_ptr();
     m.num_tokens = T, m.width = F, m.s_width = s_width, m.down_width = down_width;
     m.num_experts = int(E);
@@ -247,17 +269,21 @@ std::tuple<Tensor, Tensor> token_mix(Tensor gate_TF, Tensor up_TF, Tensor weight
                                       gate_TF.get_device_index()),
                "token_mix: device");
     call.stream = current_stream(gate_TF);
-    const auto go = [&](auto tag) {
+    const auto go = [&](auto tag, auto with_rows) {
         using Elem = decltype(tag);
-        if (largest <= 16) return launch<Elem, 16>(call);
-        if (largest <= 32) return launch<Elem, 32>(call);
-        launch<Elem, 64>(call);
+        constexpr bool kRows = decltype(with_rows)::value;
+        if (largest <= 16) return launch<Elem, 16, kRows>(call);
+        if (largest <= 32) return launch<Elem, 32, kRows>(call);
+        launch<Elem, 64, kRows>(call);
+    };
+    const auto of = [&](auto tag) {
+        rows_NF ? go(tag, std::true_type{}) : go(tag, std::false_type{});
     };
     if (dtype == ScalarType::Half) {
-        go(__half{});
+        of(__half{});
     } else {
         STD_TORCH_CHECK(dtype == ScalarType::BFloat16, "token_mix: 16-bit floats only");
-        go(__nv_bfloat16{});
+        of(__nv_bfloat16{});
     }
     return {mixed_TF, call.s_down_TR};
 }

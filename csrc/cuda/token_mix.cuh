@@ -6,12 +6,27 @@
 namespace flexmore::cuda {
 namespace token_mix_impl {
 
+// Of one token: its rows of h from outside.
+template <int Rank>
+__device__ __forceinline__ void gather_rows(const Mix& m, Shared<Rank, true>& sh, int token,
+                                            int thread) {
+    int count = 0;
+    for (int k = 0; k < m.top_k && token >= 0; ++k) {
+        const int64_t slot = int64_t(token) * m.top_k + k;
+        if (m.row_slots[slot] < 0) continue;
+        sh.row[count][thread] = m.row_slots[slot];
+        sh.row_weight[count++][thread] = m.weights[slot];
+    }
+    atomicMax(&sh.num_rows, count);
+    for (; count < kMaxSet; ++count) sh.row[count][thread] = -1, sh.row_weight[count][thread] = 0;
+}
+
 // Which experts the block's tokens chose, with which weights; the tokens' rows of s.
-template <class T, int Rank>
-__device__ void gather(const Mix& m, Shared<Rank>& sh) {
+template <class T, int Rank, bool Rows>
+__device__ void gather(const Mix& m, Shared<Rank, Rows>& sh) {
     const int thread = threadIdx.x;
     if (thread == 0) {
-        sh.set = 0;
+        sh.set = 0, sh.num_rows = 0;
         for (int i = 0; i < sh.kStages; ++i) {
             sh.stage_full[i].init(1);
             sh.stage_empty[i].init(2 * kWarpgroup / 32);
@@ -63,6 +78,7 @@ __device__ void gather(const Mix& m, Shared<Rank>& sh) {
         }
         sh.base_weight[thread] = base;
         sh.chosen[thread] = chosen;
+        if constexpr (Rows) gather_rows(m, sh, token, thread);
     }
     constexpr int kGroups = Rank / 8;  // of 8 elements, 16 bytes
     const T* s = static_cast<const T*>(m.s);
@@ -83,10 +99,10 @@ __device__ void gather(const Mix& m, Shared<Rank>& sh) {
 }
 
 // One thread: the factors of every step, in order: kExpanding chunks, each expert, each chunk.
-template <int Rank>
-__device__ void copy_factors(const Mix& m, Shared<Rank>& sh, int begin, int end) {
-    constexpr int kBytes = 3 * Shared<Rank>::kFactor, kExpanding = Cut<Rank>::kExpanding;
-    Ring<Shared<Rank>::kStages> ring;
+template <class Shared>
+__device__ void copy_factors(const Mix& m, Shared& sh, int begin, int end) {
+    constexpr int kBytes = 3 * Shared::kFactor, kExpanding = Shared::kExpanding;
+    Ring<Shared::kStages> ring;
     for (int chunk = begin; chunk < end; chunk += kExpanding) {
         for (int i = 0; i < sh.num_present; ++i) {
             const int64_t tile = int64_t(m.experts.place[sh.present[i]]) * m.num_chunks + chunk;
@@ -115,10 +131,11 @@ __device__ __forceinline__ void load_row(uint32_t (&to)[Words], const void* from
 }
 
 // Warpgroup `which` of those that expand: every kExpanding-th chunk, beginning with this one.
-template <class T, int Rank>
-__device__ void expand(const Mix& m, Shared<Rank>& sh, int begin, int end, int which) {
-    constexpr int kColumns = Shared<Rank>::kColumns, kWords = kColumns / 8;
-    constexpr int kFactor = Shared<Rank>::kFactor, kExpanding = Cut<Rank>::kExpanding;
+template <class T, int Rank, bool Rows>
+__device__ void expand(const Mix& m, Shared<Rank, Rows>& sh, int begin, int end, int which) {
+    using Sh = Shared<Rank, Rows>;
+    constexpr int kColumns = Sh::kColumns, kWords = kColumns / 8;
+    constexpr int kFactor = Sh::kFactor, kExpanding = Sh::kExpanding, kAhead = Sh::Cut::kAhead;
     const int lane = threadIdx.x % 32, warp = threadIdx.x % kWarpgroup / 32;
     const int rows[2] = {warp * 16 + lane / 4, warp * 16 + lane / 4 + 8};
     // Where this lane's row of the blocks that stmatrix stores lies in an h tile.
@@ -138,10 +155,36 @@ __device__ void expand(const Mix& m, Shared<Rank>& sh, int begin, int end, int w
         }
     };
     load(begin + which);
+    // The n-th row from outside of both tokens; where there is none, what `add_rows` does not use.
+    const auto load_rows = [&](uint32_t (&to)[2][kWords], int n, int chunk) {
+        const int at = chunk * kColumns + column, place = at < m.width ? at : 0;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int row = sh.row[n][rows[i]];
+            const int64_t element = row < 0 ? first[i] : row * m.width;
+            load_row(to[i], row < 0 ? m.gate : m.rows, element + place);
+        }
+    };
+    const auto add_rows = [&](float (&mixed)[kColumns / 2], const uint32_t (&from)[2][kWords],
+                              int n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const uint32_t mask = sh.row[n][rows[i]] < 0 ? 0u : ~0u;
+            const float p = sh.row_weight[n][rows[i]];
+#pragma unroll
+            for (int j = 0; j < kWords; ++j) {
+                const float2 h = unpack<T>(from[i][j] & mask);
+                const int at = 4 * j + 2 * i;
+                mixed[at] = fmaf(p, h.x, mixed[at]);
+                mixed[at + 1] = fmaf(p, h.y, mixed[at + 1]);
+            }
+        }
+    };
+    const int num_rows = Rows ? uniform(sh.num_rows) : 0;
     const uint32_t stages = shared_address(sh.stage), hiddens = shared_address(sh.hidden) + stored;
     const uint64_t operands_s = operand(shared_address(sh.s), Rank);
-    Ring<Shared<Rank>::kStages, kExpanding> ring{which};
-    Ring<Shared<Rank>::kHidden, kExpanding> hidden{which};
+    Ring<Sh::kStages, kExpanding> ring{which};
+    Ring<Sh::kHidden, kExpanding> hidden{which};
     const int chosen[2] = {sh.chosen[rows[0]], sh.chosen[rows[1]]};
     // Experts that all of the warp's tokens chose.
     const int whole = __reduce_and_sync(kFullWarp, chosen[0] & chosen[1]);
@@ -164,6 +207,11 @@ __device__ void expand(const Mix& m, Shared<Rank>& sh, int begin, int end, int w
             }
         }
         load(min(chunk + kExpanding, end - 1));
+        uint32_t outside[Rows ? kAhead : 1][2][kWords];
+        if constexpr (Rows) {
+#pragma unroll
+            for (int n = 0; n < kAhead; ++n) load_rows(outside[n], n, chunk);
+        }
         for (int e = 0; e < present; ++e) {
             float g[kColumns / 2], u[kColumns / 2];
             sh.stage_full[ring.slot].wait(ring.parity);
@@ -208,6 +256,14 @@ __device__ void expand(const Mix& m, Shared<Rank>& sh, int begin, int end, int w
             sh.hidden_full[hidden.slot].arrive();
             hidden.next();
         }
+        if constexpr (Rows) {
+#pragma unroll
+            for (int n = 0; n < kAhead; ++n) add_rows(mixed, outside[n], n);
+            for (int n = kAhead; n < num_rows; ++n) {
+                load_rows(outside[0], n, chunk);
+                add_rows(mixed, outside[0], n);
+            }
+        }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             if (sh.token[rows[i]] < 0 || !inside) continue;
@@ -223,20 +279,21 @@ __device__ void expand(const Mix& m, Shared<Rank>& sh, int begin, int end, int w
     }
 }
 
-template <class T, int Rank>
-__device__ void shrink(const Mix& m, Shared<Rank>& sh, int begin, int end) {
-    constexpr int kColumns = Shared<Rank>::kColumns, kFactor = Shared<Rank>::kFactor;
-    constexpr int kExpanding = Cut<Rank>::kExpanding;
+template <class T, int Rank, bool Rows>
+__device__ void shrink(const Mix& m, Shared<Rank, Rows>& sh, int begin, int end) {
+    using Sh = Shared<Rank, Rows>;
+    constexpr int kColumns = Sh::kColumns, kFactor = Sh::kFactor, kExpanding = Sh::kExpanding;
+    constexpr int kMost = kMostLowRank<Rows>;
     const int lane = threadIdx.x % 32, warp = threadIdx.x % kWarpgroup / 32;
     const int present = uniform(sh.num_present);
     const uint64_t h_tiles = operand(shared_address(sh.hidden), kColumns);
     const uint64_t factors = operand(shared_address(sh.stage) + 2 * kFactor, kColumns);
-    float sums[kMaxLowRank][Rank / 2] = {};
-    Ring<Shared<Rank>::kStages> ring;
-    Ring<Shared<Rank>::kHidden> hidden;
+    float sums[kMost][Rank / 2] = {};
+    Ring<Sh::kStages> ring;
+    Ring<Sh::kHidden> hidden;
     for (int chunk = begin; chunk < end; chunk += kExpanding) {
 #pragma unroll
-        for (int e = 0; e < kMaxLowRank; ++e) {
+        for (int e = 0; e < kMost; ++e) {
             if (e >= present) continue;
 #pragma unroll 1
             for (int w = 0; w < kExpanding; ++w) {
@@ -264,7 +321,7 @@ __device__ void shrink(const Mix& m, Shared<Rank>& sh, int begin, int end) {
         if (token < 0) continue;
         float* out = plane + token * m.down_width;
 #pragma unroll
-        for (int e = 0; e < kMaxLowRank; ++e) {
+        for (int e = 0; e < kMost; ++e) {
             if (e >= present) continue;
             const int at = m.experts.down_at[sh.present[e]];
             const int rank = m.experts.down_rank[sh.present[e]];
@@ -287,12 +344,14 @@ __device__ void shrink(const Mix& m, Shared<Rank>& sh, int begin, int end) {
     }
 }
 
-template <class T, int Rank>
+template <class T, int Rank, bool Rows>
 __global__ void __launch_bounds__(kThreads<Rank>, 1)
     token_mix_kernel(const __grid_constant__ Mix m) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ __align__(128) unsigned char raw[];
-    Shared<Rank>& sh = *reinterpret_cast<Shared<Rank>*>(raw);
+    using Sh = Shared<Rank, Rows>;
+    using Cut = typename Sh::Cut;
+    Sh& sh = *reinterpret_cast<Sh*>(raw);
     gather<T>(m, sh);
     const int begin = blockIdx.y * m.chunks_per_block;
     const int end = min(begin + m.chunks_per_block, m.num_chunks);
@@ -300,14 +359,14 @@ __global__ void __launch_bounds__(kThreads<Rank>, 1)
     if (role == 0) {
         fewer_registers<kCopyRegisters>();
         if (threadIdx.x == 0) copy_factors(m, sh, begin, end);
-    } else if (role <= Cut<Rank>::kExpanding) {
-        more_registers<Cut<Rank>::kExpand>();
+    } else if (role <= Cut::kExpanding) {
+        more_registers<Cut::kExpand>();
         expand<T>(m, sh, begin, end, role - 1);
     } else {
-        if constexpr (Cut<Rank>::kShrink > kLaunchRegisters<Rank>) {
-            more_registers<Cut<Rank>::kShrink>();
+        if constexpr (Cut::kShrink > kLaunchRegisters<Rank>) {
+            more_registers<Cut::kShrink>();
         } else {
-            fewer_registers<Cut<Rank>::kShrink>();
+            fewer_registers<Cut::kShrink>();
         }
         shrink<T>(m, sh, begin, end);
     }

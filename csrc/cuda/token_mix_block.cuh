@@ -13,34 +13,40 @@ constexpr int kMaxLowRank = 6;
 constexpr int kMaxSet = 8;
 
 // How a largest rank of 16, 32 or 64 is cut: columns of a chunk, expanding warpgroups, and
-// registers a thread of these and of the shrinking one.
-template <int Rank>
+// registers a thread of these and of the shrinking one. With rows from outside, kAhead of a token's
+// wait in registers for their use, and fewer experts are summed here.
+template <int Rank, bool Rows>
 struct Cut;
-template <>
-struct Cut<16> {
-    static constexpr int kColumns = 32, kExpanding = 3, kExpand = 120, kShrink = 96;
+template <bool Rows>
+struct Cut<16, Rows> {
+    static constexpr int kColumns = 32, kExpanding = 3, kAhead = 1;
+    static constexpr int kExpand = Rows ? 128 : 120, kShrink = Rows ? 72 : 96;
 };
-template <>
-struct Cut<32> {
-    static constexpr int kColumns = 32, kExpanding = 2, kExpand = 168, kShrink = 152;
+template <bool Rows>
+struct Cut<32, Rows> {
+    static constexpr int kColumns = 32, kExpanding = 2, kAhead = 2;
+    static constexpr int kExpand = 168, kShrink = 152;
 };
-template <>
-struct Cut<64> {
-    static constexpr int kColumns = 32, kExpanding = 2, kExpand = 128, kShrink = 232;
+template <bool Rows>
+struct Cut<64, Rows> {
+    static constexpr int kColumns = 32, kExpanding = 2, kAhead = 2;
+    static constexpr int kExpand = Rows ? 144 : 128, kShrink = Rows ? 200 : 232;
 };
+template <bool Rows>
+constexpr int kMostLowRank = Rows ? kMaxLowRank - 1 : kMaxLowRank;
 template <int Rank>
-constexpr int kThreads = (Cut<Rank>::kExpanding + 2) * kWarpgroup;
+constexpr int kThreads = (Cut<Rank, false>::kExpanding + 2) * kWarpgroup;
 constexpr int kCopyRegisters = 24;
 
 // Registers a thread at launch. A block's warpgroups share what it got then: who asks for more than
 // the others gave waits forever.
 template <int Rank>
 constexpr int kLaunchRegisters = 65536 / kThreads<Rank> / 8 * 8;
-template <int Rank>
-constexpr bool kRegistersFit =
-    kCopyRegisters + Cut<Rank>::kExpanding * Cut<Rank>::kExpand + Cut<Rank>::kShrink <=
-    (Cut<Rank>::kExpanding + 2) * kLaunchRegisters<Rank>;
-static_assert(kRegistersFit<16> && kRegistersFit<32> && kRegistersFit<64>);
+template <int Rank, bool Rows, class C = Cut<Rank, Rows>>
+constexpr bool kRegistersFit = kCopyRegisters + C::kExpanding * C::kExpand + C::kShrink <=
+                               (C::kExpanding + 2) * kLaunchRegisters<Rank>;
+static_assert(kRegistersFit<16, false> && kRegistersFit<32, false> && kRegistersFit<64, false>);
+static_assert(kRegistersFit<16, true> && kRegistersFit<32, true> && kRegistersFit<64, true>);
 
 // Column of a chunk that column n of a matrix product stands for: so a thread's are contiguous.
 template <int Columns>
@@ -61,17 +67,20 @@ struct Mix {
     const void *gate, *up, *s, *factors;
     const float* weights;
     const int32_t *token_order, *expert_to_row, *row_to_slot;
+    const void* rows;          // (N, F), h of experts that are not among these; may be null
+    const int32_t* row_slots;  // (T, K), the rows of a token there or -1
     void* mixed;
     float* s_down;  // (planes, T, R_d)
     int64_t num_tokens, width, s_width, down_width;
-    int num_experts;
+    int num_experts, top_k;
     int num_chunks, chunks_per_block;  // multiples of Cut's kExpanding
     Experts experts;
 };
 
-template <int Rank>
+template <int Rank, bool Rows>
 struct Shared {
-    static constexpr int kColumns = Cut<Rank>::kColumns, kExpanding = Cut<Rank>::kExpanding;
+    using Cut = token_mix_impl::Cut<Rank, Rows>;
+    static constexpr int kColumns = Cut::kColumns, kExpanding = Cut::kExpanding;
     static constexpr int kStages = 4 * kExpanding;       // of factors
     static constexpr int kHidden = 2 * kExpanding;       // h tiles between expanding and shrinking
     static constexpr int kFactor = kColumns * Rank * 2;  // bytes of one of B_g, B_u, A_d
@@ -82,7 +91,9 @@ struct Shared {
     float base_weight[kTokens];          // of the experts without a delta
     int token[kTokens];                  // -1 past the end
     int chosen[kTokens];                 // bits: chosen entries of `present`; bit 31: base_weight
-    int present[kMaxLowRank], num_present, set;
+    int row[kMaxSet][kTokens];           // a token's entries of `row_slots`, from the first on; -1
+    float row_weight[kMaxSet][kTokens];  // 0 where there is none
+    int present[kMaxLowRank], num_present, num_rows, set;
     Barrier stage_full[kStages], stage_empty[kStages], hidden_full[kHidden], hidden_empty[kHidden];
 };
 

@@ -15,17 +15,19 @@ _ops = torch.ops.flexmore_native
 FEWEST_TOKENS = 512
 """With fewer, Triton's kernels, which fill the device sooner, are faster (measured on an H100)."""
 MOST_LOW_RANK = 6
+MOST_LOW_RANK_WITH_ROWS = 5
 MOST_RANK = 64
 
 
-def serves(gate_TF: Tensor, sides: Sequence[Projection]) -> bool:
+def serves(gate_TF: Tensor, sides: Sequence[Projection], with_rows: bool) -> bool:
     """Whether `hidden` takes these sizes; the device and the dtype are the caller's to check."""
     tokens, width = gate_TF.shape
     low_rank = [max(ranks) for ranks in zip(*(side.ranks for side in sides), strict=True)]
     return (
         tokens >= FEWEST_TOKENS
         and width % 16 == 0
-        and sum(rank > 0 for rank in low_rank) <= MOST_LOW_RANK
+        and sum(rank > 0 for rank in low_rank)
+        <= (MOST_LOW_RANK_WITH_ROWS if with_rows else MOST_LOW_RANK)
         and max(low_rank) <= MOST_RANK
     )
 
@@ -37,11 +39,14 @@ def hidden(
     plan: RoutingPlan,
     s_TR: Tensor,
     sides: Sequence[Projection],
+    rows_NF: Tensor | None = None,
+    row_slots_TK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """mixed (T, F) = sum_e p_e h_e and s_down (T, R) = p_e A_d,e h_e, 0 where e was not chosen.
 
     s is A x of gate, then of up, for all tokens; in s and s_down each expert's rank is padded to a
-    multiple of 16. The factors are read where they lie.
+    multiple of 16. The factors are read where they lie. To mixed, the weighted rows of h (N, F)
+    that `row_slots` names for each slot (T, K), -1 for none, are added.
     """
     pairs = [[pair for pair in side.factor_pairs() if pair is not None] for side in sides]
     return _ops.token_mix(
@@ -56,4 +61,6 @@ def hidden(
         [b for _, b in pairs[1]],
         [a for a, _ in pairs[2]],
         *(side.ranks for side in sides),
+        rows_NF,
+        row_slots_TK,
     )

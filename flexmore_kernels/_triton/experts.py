@@ -40,7 +40,7 @@ def forward(x, indices, weights, sides) -> tuple[Tensor, Tensor | None, Tensor |
             return y, *bases
     low, plan = layer.packed[2], layer.plan
     if how.all_fused:
-        mixed, s_down, _ = layer.hidden(*bases, weights, plan)
+        mixed, s_down = layer.hidden(*bases, weights, plan)
         return layer.down(mixed, down.full[0], s_down, low.b), *bases
     mixed, h_NF = _hidden(layer, how, *bases, layer.base_weights(down, weights))
     if not (low.any or down.has_extra_full):

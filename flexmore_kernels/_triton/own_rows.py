@@ -25,8 +25,7 @@ from torch import Tensor
 
 from .. import backend
 from ..projection import FULL, RANK_MULTIPLE, Projection
-from ..ragged import SEGMENT, TOKEN, RowProducts, Term, ranks_tensor
-from . import token_major
+from ..ragged import SEGMENT, TOKEN, RoutingPlan, RowProducts, Term, ranks_tensor
 from .routed import Routed, mm
 
 
@@ -51,20 +50,17 @@ def forward(x, indices, weights, sides, own: tuple[int, ...]):
     bases = (x @ gate.full[0].T, x @ up.full[0].T) if shared.hidden else (None, None)
     layer = Routed(x, indices, [side.without(own) for side in sides])
     products = layer.hopper or backend.kernels("grouped_gemm", x)
-    others = token_major.Hidden(None, None, None)
-    if 0 not in own:
-        others = _others(layer, *bases, weights, own)
-    mixed, h_NF = others.mixed, others.rows
-    if h_NF is None:
-        h_NF = x.new_empty(layer.plan.num_rows, F)
+    h_NF = x.new_empty(layer.plan.num_rows, F)
     _fill_hidden(layer, products, sides, bases, own, h_NF)
     by_shared = [e for e in own if e == 0 and shared.down or down.layout[e] != FULL]
-    if by_shared:
-        slots = _slots_of(layer, by_shared)
-        mixed = layer.permutation.unpermute(h_NF, slots, weights, mixed)
-    y = None
+    rows = (h_NF, _slots_of(layer, by_shared)) if by_shared else None
+    mixed = s_others = y = None
+    if 0 not in own:
+        mixed, s_others = layer.hidden(*bases, weights, _others(layer.plan, own), rows)
+    elif rows:
+        mixed = layer.permutation.unpermute(*rows, weights, None)
     if shared.down:
-        s_TR, b_DR = _shrunk(layer, products, sides[2], own, h_NF, others.s_down, weights)
+        s_TR, b_DR = _shrunk(layer, products, sides[2], own, h_NF, s_others, weights)
         if len(by_shared) == len(own):
             return layer.down(mixed, down.full[0], s_TR, b_DR), *bases
         y = mm(mixed, down.full[0].T)
@@ -87,12 +83,12 @@ def _slots_of(layer: Routed, experts) -> Tensor:
     return torch.where(wanted[ids] > 0, plan.slot_to_row, -1)
 
 
-def _others(layer: Routed, gate_TF, up_TF, weights, own) -> token_major.Hidden:
-    """The token-major middle, where experts with rows of their own count as not chosen."""
-    plan = layer.plan
-    hidden = tuple(int(e in own) for e in range(plan.num_experts))
-    chosen = torch.where(ranks_tensor(hidden, layer.x.device) > 0, -1, plan.expert_to_row)
-    return layer.hidden(gate_TF, up_TF, weights, plan._replace(expert_to_row=chosen))
+def _others(plan: RoutingPlan, own) -> RoutingPlan:
+    """The plan where experts with rows of their own count as not chosen; rows keep their places."""
+    hidden = ranks_tensor(
+        tuple(int(e in own) for e in range(plan.num_experts)), plan.indices.device
+    )
+    return plan._replace(expert_to_row=torch.where(hidden > 0, -1, plan.expert_to_row))
 
 
 def _fill_hidden(layer: Routed, products, sides, bases, own, h_NF) -> None:

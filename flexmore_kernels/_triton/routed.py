@@ -94,23 +94,28 @@ class Routed:
             kernels = backend.kernels("grouped_gemm", x)
             kernels.grouped_gemm(x, side.extra_full, self.plan.row_offsets, transpose, out)
 
-    def hidden(self, gate_TF, up_TF, weights, plan: RoutingPlan) -> token_major.Hidden:
-        """The token-major middle: one kernel of the compiled library on Hopper, else three."""
+    def hidden(self, gate_TF, up_TF, weights, plan: RoutingPlan, own=None) -> tuple[Tensor, Tensor]:
+        """The token-major middle: one kernel of the compiled library on Hopper, else three.
+
+        mixed (T, F) = sum_e p_e h_e and s_down (T, R) = p_e A_d,e h_e, 0 where e was not chosen.
+        `own`: rows h (N, F) that are there already and the slots (T, K) whose rows are to be added
+        to mixed; the other rows may be written.
+        """
         low_gate, low_up, low_down = self.packed
         s_TR = self.x @ joined([low_gate.a, low_up.a], 0).T
         hopper = backend.hopper("token_major", gate_TF)
-        if hopper is not None and hopper.serves(gate_TF, self.sides):
-            kept = hopper.hidden(gate_TF, up_TF, weights, plan, s_TR, self.sides)
-            return token_major.Hidden(*kept, None)
+        if hopper is not None and hopper.serves(gate_TF, self.sides, own is not None):
+            return hopper.hidden(gate_TF, up_TF, weights, plan, s_TR, self.sides, *(own or ()))
         writes = tuple(int(rank > 0) for rank in low_down.ranks)
         factors = (low_gate.b, low_gate.ranks, low_up.b, low_up.ranks)
-        mixed, rows = token_major.mix(gate_TF, up_TF, weights, plan, s_TR, *factors, writes)
+        rows = own[0] if own else gate_TF.new_empty(plan.num_rows, gate_TF.shape[1])
+        mixed = token_major.mix(gate_TF, up_TF, weights, plan, s_TR, *factors, writes, rows)
+        if own:
+            mixed = self.permutation.unpermute(rows, own[1], weights, mixed)
         if not low_down.any:
-            return token_major.Hidden(mixed, s_TR.new_empty(plan.num_tokens, 0), rows)
+            return mixed, s_TR.new_empty(plan.num_tokens, 0)
         z = self.shrink(rows, low_down.a, low_down.ranks)
-        return token_major.Hidden(
-            mixed, token_major.weighted(z, weights, plan, low_down.ranks), rows
-        )
+        return mixed, token_major.weighted(z, weights, plan, low_down.ranks)
 
     def down(self, mixed: Tensor, w_DF: Tensor, s_TR: Tensor, b_DR: Tensor) -> Tensor:
         """y (T, D) = mixed W_d^T + s_down B_d^T, one sum."""

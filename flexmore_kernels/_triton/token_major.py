@@ -21,8 +21,6 @@ larger tiles or fewer registers were slower), `weighted` 0.03, `add_expanded` 0.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -146,27 +144,19 @@ def flexmore_token_add_expanded(
     tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=t_live & d_live)
 
 
-class Hidden(NamedTuple):
-    """What is left of h once it is mixed and shrunk."""
-
-    mixed: Tensor  # (T, F) sum_e p_e h_e
-    s_down: Tensor  # (T, R) p_e A_d,e h_e, 0 where e was not chosen
-    rows: Tensor | None  # (N, F), with the rows of h that `shrink` read, if they were written
-
-
 def mix(
     gate: Tensor, up: Tensor, weights: Tensor, plan: ragged.RoutingPlan, s: Tensor,
     b_gate: Tensor, ranks_gate: tuple[int, ...], b_up: Tensor, ranks_up: tuple[int, ...],
-    writes: tuple[int, ...],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """mixed (T, F) and rows h (N, F), as `gated_mix`, from s (T, R_gate + R_up), A x of all tokens.
+    writes: tuple[int, ...], rows: Tensor,
+) -> Tensor:  # fmt: skip
+    """mixed (T, F), as `gated_mix`, from s (T, R_gate + R_up), A x of all tokens.
 
-    Rows are written for the experts whose `writes` is not 0; the others' and the tail's are not.
+    Into rows (N, F) go those of h of the experts whose `writes` is not 0, and no others.
     """
     (T, F), device = gate.shape, gate.device
-    mixed, rows = torch.empty_like(gate), gate.new_empty(plan.num_rows, F)
+    mixed = torch.empty_like(gate)
     if mixed.numel() == 0:
-        return mixed, rows
+        return mixed
     depth = tiles.padded(max(*ranks_gate, *ranks_up), 16)
     block = 64 if gate.element_size() == 2 else 32
     # The tiles that are exchanged between layouts take their room beside the stages.
@@ -190,7 +180,7 @@ def mix(
             PRECISION=tiles.dot_precision(gate.dtype), BLOCK_T=tile.rows, BLOCK_F=tile.columns,
             BLOCK_R=tile.depth, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
-    return mixed, rows
+    return mixed
 
 
 def weighted(
