@@ -3,6 +3,7 @@ short table last.
 
     python -m benchmarks.run --quick              # main shape, decode, short ops: 2.5 minutes
     python -m benchmarks.run --all                # all named shapes: 9 minutes on an H100
+    python -m benchmarks.run --aims               # of these, what docs/kernels.md's table has
     python -m benchmarks.run --shape flexolmo_mixed --tokens 64 4096 --backward
     python -m benchmarks.run --op permutation     # the ops of one file, or part of an op's name
 
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import bench, bench_experts, printed, records
+from benchmarks import aims, bench, bench_experts, printed, records
 from benchmarks.candidates import CANDIDATES, PEERS
 from benchmarks.problem import DTYPES
 from benchmarks.shapes import SHAPES, SWEEP, SWEPT
@@ -47,6 +48,10 @@ SHOWN = (
 TRAINED = (*OURS, "fair eager, by index", "fair eager, every expert, compiled", "published")
 
 
+LONGEST = (*FEW, "Hugging Face eager", *PEERS)
+"""Of full-size experts, with libraries that need a minute to compile."""
+
+
 class Group(NamedTuple):
     """What is measured together, and about how many seconds that takes on an H100."""
 
@@ -56,6 +61,7 @@ class Group(NamedTuple):
     names: tuple[str, ...] = ()  # of candidates; none: the ops of `stem`
     backward: bool = False
     stem: str = ""
+    op: str = ""  # part of the names of the ops that are wanted; none: all
 
     def __str__(self) -> str:
         what = f"ops of {self.stem}" if self.stem else "layer"
@@ -99,11 +105,25 @@ def everything() -> list[Group]:
         *sweep,
         *(Group(SWEPT, full, 15, stem=stem) for stem in STEMS[2:]),
         layer(SWEPT, full, TRAINED, 35, backward=True),
-        layer("flexolmo_full", full, (*FEW, "Hugging Face eager", *PEERS), 75),
+        layer("flexolmo_full", full, LONGEST, 75),
         layer("flexolmo_6x16", full, TRAINED, 30, backward=True),
         layer("flexolmo_large", full, TRAINED, 30, backward=True),
         layer("flexolmo_full", full, (*OURS, "torch grouped_mm", "published"), 20, backward=True),
     ]
+
+
+def aimed_at() -> list[Group]:
+    """Those of `everything` that have a line in docs/kernels.md."""
+    wanted = {(aim.shape, aim.tokens) for aim in aims.AIMS if aim.op == "layer"}
+    layers = [
+        group
+        for group in everything()
+        if group.names not in ((), LONGEST)
+        and not group.backward
+        and (group.shape, group.tokens) in wanted
+    ]
+    ops = min((aim.op for aim in aims.AIMS if aim.op != "layer"), key=len)
+    return [Group(SWEPT, SHAPES[SWEPT].tokens, 10, stem="routing", op=ops), *layers]
 
 
 class Progress:
@@ -159,7 +179,7 @@ def _take_one(group, device, dtype, progress, context, write, op, say) -> None:
         module = importlib.import_module(f"benchmarks.bench_{group.stem}")
         found = bench.price_all(
             module.prices, group.shape, group.tokens, device=device, context=context, say=say,
-            seconds=min(1.0, group.expected_s / 20), op=op,
+            seconds=min(1.0, group.expected_s / 20), op=op or group.op,
         )  # fmt: skip
         for record in found:
             write(record)
@@ -181,7 +201,7 @@ def chosen(given: argparse.Namespace, device: str) -> list[Group]:
             Group(name, tokens, 20, stem=stem)
             for stem in stems for name in names for tokens in given.tokens or [SHAPES[name].tokens]
         ]  # fmt: skip
-    if given.shape or given.tokens or not (given.quick or given.all):
+    if given.shape or given.tokens or not (given.quick or given.all or given.aims):
         passes = (False, True) if given.backward else (False,)
         return [
             layer(name, tokens, tuple(given.candidates or ALL), 60, backward)
@@ -189,7 +209,7 @@ def chosen(given: argparse.Namespace, device: str) -> list[Group]:
             for tokens in given.tokens or [SHAPES[name].tokens]
             for backward in passes
         ]
-    groups = everything() if given.all else quick()
+    groups = everything() if given.all else aimed_at() if given.aims else quick()
     if device == "cpu":
         # The wide shapes take minutes a candidate there: the small one stands for them all.
         moved = [
@@ -206,6 +226,7 @@ def main(words: list[str] | None = None) -> int:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="the main shape, short ops: 2.5 minutes")
     size.add_argument("--all", action="store_true", help="all named shapes: 9 minutes")
+    size.add_argument("--aims", action="store_true", help="what docs/kernels.md shows: 5 minutes")
     parser.add_argument("--shape", nargs="+", choices=SHAPES, help="layers of these shapes")
     parser.add_argument("--tokens", nargs="+", type=int, help="default: the shape's")
     parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, metavar="NAME")
@@ -213,7 +234,9 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--backward", action="store_true", help="forward + backward too")
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--seconds", type=float, help="budget; default 150, with --all 530")
+    parser.add_argument(
+        "--seconds", type=float, help="budget; default 150, with --all or --aims 530"
+    )
     parser.add_argument("--start", type=int, default=1, help="number of the first group to take")
     parser.add_argument("--commit", help="to record, where the sources have no git history")
     parser.add_argument(
@@ -224,7 +247,7 @@ def main(words: list[str] | None = None) -> int:
     )
     given = parser.parse_args(words)
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    progress = Progress(given.seconds or (530 if given.all else 150))
+    progress = Progress(given.seconds or (530 if given.all or given.aims else 150))
     groups, op = chosen(given, device), given.op if given.op not in STEMS else ""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     progress.say("measuring a large copy and a large matrix product")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import bench, bench_experts, figure, printed, records, run, tables
+from benchmarks.aims import AIMS
 from benchmarks.candidates import CANDIDATES
 from benchmarks.problem import Problem
 from benchmarks.shapes import SHAPES, SWEEP, Shape
@@ -216,6 +217,13 @@ def test_groups_name_what_there_is():
     assert {group.shape for group in run.everything() if group.names} >= set(SHAPES) - {"tiny"}
     assert all(name in CANDIDATES for group in groups for name in group.names)
     assert sum(group.expected_s for group in run.quick()) <= 150
+
+
+def test_every_aim_is_taken():
+    groups = run.aimed_at()
+    for aim in AIMS:
+        found = [g for g in groups if (g.shape, g.tokens) == (aim.shape, aim.tokens)]
+        assert any(g.op in aim.op if g.stem else aim.op == "layer" for g in found), aim.case
 
 
 def test_the_last_record_of_a_key_counts(tmp_path):
