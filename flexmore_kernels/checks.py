@@ -106,6 +106,8 @@ def check_ranks(name: str, ranks: object, num_experts: int) -> tuple[int, ...]:
         raise ValueError(
             f"{name}: got {len(ranks)} entries; accepted: {num_experts}, one an expert"
         )
+    if type(ranks) is tuple and all(type(rank) is int and rank >= 0 for rank in ranks):
+        return ranks
     return tuple(check_int(f"{name}[{e}]", rank, 0) for e, rank in enumerate(ranks))
 
 

@@ -289,7 +289,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, Tensor):
         return value if value.dtype == dtype else value.to(dtype)
     if isinstance(value, StackedFactors):
-        full = tuple(_cast(weight, dtype) for weight in value.full)
+        full = _cast(tuple(value.full), dtype)
         return StackedFactors(full, _cast(value.a, dtype), _cast(value.b, dtype), value.ranks)
     if isinstance(value, (list, tuple)):
         for part in value:

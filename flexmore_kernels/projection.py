@@ -7,6 +7,7 @@ three of them into what an op's schema can carry, a flat list of tensors and a l
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,17 @@ RANK_MULTIPLE = 16
 
 FULL = -1
 """Layout entry of an expert with a full-size weight; 0 means no delta, r > 0 a rank."""
+
+
+# Kept, since a layer of 512 experts asks for its ranks dozens of times a call.
+@functools.lru_cache(maxsize=1024)
+def _ranks(layout: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(max(entry, 0) for entry in layout)
+
+
+@functools.lru_cache(maxsize=1024)
+def _padded(layout: tuple[int, ...], multiple: int) -> tuple[int, ...]:
+    return tuple(-(-max(entry, 0) // multiple) * multiple for entry in layout)
 
 
 class Projection(NamedTuple):
@@ -39,7 +51,7 @@ class Projection(NamedTuple):
     @property
     def ranks(self) -> tuple[int, ...]:
         """E ranks, 0 for experts without factors."""
-        return tuple(max(entry, 0) for entry in self.layout)
+        return _ranks(self.layout)
 
     @property
     def extra_full(self) -> list[Any]:
@@ -101,7 +113,7 @@ class Projection(NamedTuple):
 
     def padded_ranks(self, multiple: int) -> tuple[int, ...]:
         """The ranks rounded up to a multiple."""
-        return tuple(-(-rank // multiple) * multiple for rank in self.ranks)
+        return _padded(self.layout, multiple)
 
     def pack_a(self, multiple: int) -> Tensor:
         """All of a as (R, in), each rank padded with zeros to a multiple."""

@@ -209,8 +209,7 @@ def shrink(
     tile = tiles.safe_tile(x, tiles.row_block(N, E, 128), across, 64)
     tile = tiles.tile("shrink", x, tile, usual=tiles.alignment(ranks) > 1 and width % 8 == 0)
     m, r, k = tile.shape
-    rank_tiles = [triton.cdiv(rank, r) for rank in ranks]
-    by_rows = tiles.max_tiles(N, E, m) * max(rank_tiles)
+    by_rows = tiles.max_tiles(N, E, m) * triton.cdiv(max(ranks), r)
     by_area = size // (m * r) + N // m + sum(ranks) // r + E
     num_tiles = min(by_rows, by_area)
     splits = tiles.splits(num_tiles, width, k)

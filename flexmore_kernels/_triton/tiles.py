@@ -183,6 +183,7 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
+@functools.lru_cache(maxsize=1024)
 def alignment(*rank_lists: tuple[int, ...]) -> int:
     """16, 8 or 1: what divides every rank, and so every offset into a packed z or a rank axis."""
     divisor = math.gcd(*(rank for ranks in rank_lists for rank in ranks)) or 16
