@@ -114,8 +114,9 @@ def fused(inputs: Inputs, ids: Tensor) -> tuple[Tensor, Tensor]:
     return layer.hidden(inputs.gate, inputs.up, inputs.weights, layer.plan)
 
 
-def scale(ids: Tensor) -> Tensor:
-    return 0.5 ** ids.clamp(min=0)  # exact in every dtype
+def halved(h: Tensor, ids: Tensor) -> Tensor:
+    """h of its expert: so many times halved, which is exact."""
+    return h * (0.5 ** ids.clamp(min=0)[:, None]).to(h.dtype)
 
 
 def fused_with_rows(inputs: Inputs, ids: Tensor, own: tuple, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,7 +128,7 @@ def fused_with_rows(inputs: Inputs, ids: Tensor, own: tuple, h: Tensor) -> tuple
     slots = own_rows._slots_of(layer, own)
     rows = h.new_full((layer.plan.num_rows, h.shape[1]), float("nan"))
     token, k = torch.where(slots >= 0)
-    rows[slots[token, k].long()] = h[token] * scale(ids[token, k, None])
+    rows[slots[token, k].long()] = halved(h[token], ids[token, k])
     plan = own_rows._others(layer.plan, own)
     return layer.hidden(inputs.gate, inputs.up, inputs.weights, plan, (rows, slots))
 
@@ -138,7 +139,7 @@ def plain_with_rows(inputs: Inputs, ids: Tensor, own: tuple, h: Tensor) -> tuple
     mixed, s_down = plain(inputs, ids.masked_fill(is_own, -1))
     for k in range(ids.shape[1]):
         p = (inputs.weights[:, k] * is_own[:, k])[:, None].to(h.dtype)
-        mixed = mixed + p * (h * scale(ids[:, k, None]))
+        mixed = mixed + p * halved(h, ids[:, k])
     return mixed, s_down
 
 
