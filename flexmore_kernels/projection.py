@@ -8,7 +8,7 @@ three of them into what an op's schema can carry, a flat list of tensors and a l
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,13 +24,20 @@ FULL = -1
 """Layout entry of an expert with a full-size weight; 0 means no delta, r > 0 a rank."""
 
 
-# Kept, since a layer of 512 experts asks for its ranks dozens of times a call.
-@functools.lru_cache(maxsize=1024)
+def _kept(function: Callable) -> Callable:
+    """An lru_cache, since a layer of 512 experts asks for its ranks dozens of times a call; but not
+    for torch.compile, which does not trace through one.
+    """
+    kept = functools.lru_cache(maxsize=1024)(function)
+    return lambda *args: (function if torch.compiler.is_compiling() else kept)(*args)
+
+
+@_kept
 def _ranks(layout: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(max(entry, 0) for entry in layout)
 
 
-@functools.lru_cache(maxsize=1024)
+@_kept
 def _padded(layout: tuple[int, ...], multiple: int) -> tuple[int, ...]:
     return tuple(-(-max(entry, 0) // multiple) * multiple for entry in layout)
 
