@@ -21,7 +21,7 @@ BUGS = (
         "Their rows join the hidden sum later; for the token-major kernel they are not chosen.",
         OWN_ROWS,
         "plan._replace(expert_to_row=torch.where(hidden > 0, -1, plan.expert_to_row))",
-        "plan)",
+        "plan",
         "tests/test_own_rows.py",
         "interpreter",
     ),
