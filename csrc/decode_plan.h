@@ -16,8 +16,8 @@ constexpr int kChunk = 64;        // columns of a chunk: 128 bytes of a weight's
 constexpr int kStages = 4;        // chunks in a product's ring of shared memory
 constexpr int kMaxRows = 192;     // of a block of a product with all columns
 constexpr int kMaxRowsOut = 128;  // of a block whose columns are shared
-// What a unit costs beside its rows, in rows: its tokens, barriers.
-constexpr int kUnitCost = 32;
+// What a unit costs beside its rows, in rows: its tokens, barriers, latencies.
+constexpr int kUnitCost = 96;
 
 // Where block `block` of so many starts: rows, cut as evenly as can be. (In 32 bits: 64-bit
 // divisions are slow, and these products stay below 2^31.)

@@ -7,10 +7,8 @@
 namespace flexmore::cuda {
 namespace decode {
 
-constexpr int kWarps = 8;  // of a product that multiply
-constexpr int kMultiplying = 32 * kWarps;
-constexpr int kCopying = 128;  // threads of it that copy
-constexpr int kThreads = kMultiplying + kCopying;
+constexpr int kThreads = 256;  // of a product
+constexpr int kWarps = kThreads / 32;
 // Chunks of weights that a product asks for, into L2, while the kernel before it still runs; the
 // second one has its ring filled besides.
 constexpr int kPrefetchIn = 4;

@@ -251,12 +251,14 @@ __global__ void __launch_bounds__(Expand<T, TP, kDown>::kBlockThreads, kDown || 
         commit_copies();
         __syncthreads();
         Sums sums = {}, gate = {}, up = {};
+        // For few tokens the base's part stays in registers; for more it is read for each expert.
+        constexpr bool kKeeps = !kDown && TP <= 16;
         [[maybe_unused]] Sums base_gate, base_up;
         const float* base_u = p.base_in + int64_t(p.F) * TP;
         const auto pair_at = [](const float* from, int offset) {
             return *reinterpret_cast<const float2*>(from + offset);
         };
-        if constexpr (!kDown) {
+        if constexpr (kKeeps) {
             work.for_pairs([&](int offset, int, int, int n, int i) {
                 const float2 g = pair_at(p.base_in, offset), u = pair_at(base_u, offset);
                 base_gate[n][i] = g.x;
@@ -270,18 +272,25 @@ __global__ void __launch_bounds__(Expand<T, TP, kDown>::kBlockThreads, kDown || 
             const bool keeps = p.pairs[2][e].rank > 0;
             char* hidden = p.hidden + int64_t(e) * p.F * TP * sizeof(T);
             work.for_pairs([&](int offset, int t, int, int n, int i) {
+                float2 g, u;
+                if constexpr (kKeeps) {
+                    g = {base_gate[n][i], base_gate[n][i + 1]};
+                    u = {base_up[n][i], base_up[n][i + 1]};
+                } else {
+                    g = pair_at(p.base_in, offset);
+                    u = pair_at(base_u, offset);
+                }
                 const float2 w = *reinterpret_cast<const float2*>(weights + e * TP + t);
                 // Selected, not multiplied by 0: what was not routed here may be infinite.
-                const float a =
-                    w.x != 0 ? w.x * swiglu(gate[n][i] + base_gate[n][i], up[n][i] + base_up[n][i])
-                             : 0;
-                const float b = w.y != 0 ? w.y * swiglu(gate[n][i + 1] + base_gate[n][i + 1],
-                                                        up[n][i + 1] + base_up[n][i + 1])
-                                         : 0;
+                const float a = w.x != 0 ? w.x * swiglu(gate[n][i] + g.x, up[n][i] + u.x) : 0;
+                const float b =
+                    w.y != 0 ? w.y * swiglu(gate[n][i + 1] + g.y, up[n][i + 1] + u.y) : 0;
                 sums[n][i] += a;
                 sums[n][i + 1] += b;
                 if (keeps)
                     *reinterpret_cast<uint32_t*>(hidden + offset * sizeof(T)) = pack_pair<T>(a, b);
+                // Not all pairs' loads at once: registers are short.
+                if constexpr (!kKeeps) asm volatile("" ::: "memory");
             });
 #pragma unroll
             for (int n = 0; n < Parts::kUnitTiles; ++n)

@@ -1,6 +1,6 @@
 // x against the rows of W_gate, W_up and every A_gate, A_up; or mixed, p_e h_e against the rows of
 // W_down and every A_down: weights stream once through a ring of shared memory, rows of weights are
-// the rows of the tensor cores' products, tokens the columns. Some warps copy, others multiply.
+// the rows of the tensor cores' products, tokens the columns.
 #pragma once
 
 #include "decode.cuh"
@@ -82,34 +82,40 @@ __device__ __forceinline__ const char* row_start(const Problem& p, const Group& 
     }
 }
 
-// What the copying warps know.
 template <class T, int TP, bool kIn>
-struct Copies {
+struct Product {
     static constexpr int kTiles = TP / 8;
-    static constexpr int kRowsAtOnce = kCopying / 8;
+    static constexpr int kPerWarp = (kMaxRows / 16 + kWarps - 1) / kWarps;
+    static constexpr int kRowsAtOnce = kThreads / 8;
+
     static constexpr int kRowsOfThread = kMaxRows / kRowsAtOnce;
 
     const Problem& p;
     const Work& work;
-    int thread;
-    uint32_t tokens_at, lane_at, tokens_lane_at;  // in a stage
+    uint32_t ring, tokens_at, stage_bytes;
+    uint32_t copy_lane, copy_tokens_lane, weights_lane, tokens_lane;  // in a stage
     // Of the block that is copied, this thread's words of the next chunk:
     const char* rows[kRowsOfThread];
     const char* operand;
 
-    __device__ Copies(const Problem& problem, const Work& units)
+    __device__ Product(const Problem& problem, const Work& units, char* shared)
         : p(problem),
           work(units),
-          thread(threadIdx.x - kMultiplying),
-          tokens_at(units.tile_rows * 128) {
-        lane_at = kept(swizzled(thread / 8, thread % 8));
-        tokens_lane_at =
+          tokens_at(units.tile_rows * 128),
+          stage_bytes((units.tile_rows + TP) * 128) {
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, thread = threadIdx.x;
+        ring = kept(shared_address(shared));
+        copy_lane = kept(swizzled(thread / 8, thread % 8));
+        copy_tokens_lane =
             kept(tokens_at + (kIn ? swizzled(thread / 8, thread % 8)
                                   : swizzled_tokens<TP>(thread / kTiles, thread % kTiles)));
+        weights_lane = kept(warp * 2048 + swizzled(lane % 16, lane / 16));
+        tokens_lane = kept(tokens_at + token_lane<TP, kTiles, !kIn>(0, lane));
     }
+
     __device__ void begin_block(const Units& at) {
-        if (at.done()) return;
         const Group& group = work.groups[at.group];
+        const int thread = threadIdx.x;
 #pragma unroll
         for (int i = 0; i < kRowsOfThread; ++i) {
             const int row = min(thread / 8 + i * kRowsAtOnce, at.count - 1);
@@ -126,65 +132,31 @@ struct Copies {
         }
     }
     // Copies the chunk's weights, its tokens, or both, into the stage at `to`, and goes on to the
-    // next chunk.
-    __device__ void copy(Units& at, uint32_t to, bool weights, bool tokens) {
-        const int column = at.chunk * kChunk + thread % 8 * 8;
+    // next chunk of the block.
+    __device__ void copy(const Units& at, uint32_t to, bool weights, bool tokens) {
+        const int thread = threadIdx.x, column = at.chunk * kChunk + thread % 8 * 8;
         if (weights) {
             const bool inside = column < work.width;
 #pragma unroll
             for (int i = 0; i < kRowsOfThread; ++i) {
                 if (thread / 8 + i * kRowsAtOnce < at.count)
-                    copy_async<16>(to + lane_at + i * kRowsAtOnce * 128, rows[i], inside);
+                    copy_async<16>(to + copy_lane + i * kRowsAtOnce * 128, rows[i], inside);
             }
         }
 #pragma unroll
         for (int i = 0; i < kRowsOfThread; ++i) rows[i] += kChunk * sizeof(T);
         if (tokens) {
 #pragma unroll
-            for (int i = 0; i < TP * 8; i += kCopying) {
-                if (TP * 8 < kCopying && thread >= TP * 8) break;
+            for (int i = 0; i < TP * 8; i += kThreads) {
+                if (TP * 8 < kThreads && thread >= TP * 8) break;
                 const bool valid = kIn ? thread / 8 + i / 8 < p.T && column < work.width
                                        : at.chunk * kChunk + (thread + i) / kTiles < work.width;
                 const char* from =
                     operand + (kIn ? int64_t(i / 8) * p.D * int64_t(sizeof(T)) : int64_t(i) * 16);
-                copy_async<16>(to + tokens_lane_at + i * 16, from, valid);
+                copy_async<16>(to + copy_tokens_lane + i * 16, from, valid);
             }
         }
         operand += kIn ? kChunk * sizeof(T) : kChunk * TP * sizeof(T);
-        if (at.next()) begin_block(at);
-    }
-    // Asks for the block's next chunks, so many, into L2.
-    __device__ void prefetch(const Units& at, int chunks) const {
-        if (at.done()) return;
-        const Group& group = work.groups[at.group];
-        chunks = min(chunks, work.chunks - at.chunk);
-        for (int i = thread; i < at.count * chunks; i += kCopying) {
-            const int row = at.first + i / chunks;
-            if (kIn && row >= 2 * p.F) continue;
-            prefetch_l2(row_start<T, kIn>(p, group, row, at.active) +
-                        (at.chunk + i % chunks) * 128);
-        }
-    }
-};
-
-// What the multiplying warps know.
-template <class T, int TP, bool kIn>
-struct Sums {
-    static constexpr int kTiles = TP / 8;
-    static constexpr int kPerWarp = (kMaxRows / 16 + kWarps - 1) / kWarps;
-
-    const Problem& p;
-    const Work& work;
-    uint32_t weights_lane, tokens_lane;  // in a stage
-
-    __device__ Sums(const Problem& problem, const Work& units) : p(problem), work(units) {
-        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-        weights_lane = kept(warp * 2048 + swizzled(lane % 16, lane / 16));
-        tokens_lane = kept(units.tile_rows * 128 + token_lane<TP, kTiles, !kIn>(0, lane));
-    }
-    // Of these threads alone.
-    __device__ static void synchronize() {
-        asm volatile("bar.sync 1, %0;" ::"n"(kMultiplying) : "memory");
     }
     __device__ void multiply(float (&c)[kPerWarp][kTiles][4], uint32_t from, int tiles) const {
         const int warp = threadIdx.x / 32;
@@ -258,18 +230,18 @@ struct Sums {
         const int unit = g.first_unit + at.block * work.chunks;
         const int parts = work.sharers(unit);
         __threadfence();
-        synchronize();
+        __syncthreads();
         if (threadIdx.x == 0) {
             int counter = at.block;
             for (int i = 1; i < at.group; ++i) counter += work.groups[i].blocks;
             is_last = atomicAdd(p.counters + counter, 1) == parts - 1;
         }
-        synchronize();
+        __syncthreads();
         if (!is_last) return;
         __threadfence();
         const int64_t from = (int64_t(g.first_row) + at.first) * TP;
         const int64_t to = (int64_t(p.pairs[2][g.expert].first) + at.first) * TP;
-        for (int i = threadIdx.x * 2; i < at.count * TP; i += kMultiplying * 2) {
+        for (int i = threadIdx.x * 2; i < at.count * TP; i += kThreads * 2) {
             float2 sum{0, 0};
             for (int part = 0; part < parts; ++part) {
                 const float2 one = __ldcg(reinterpret_cast<const float2*>(
@@ -281,79 +253,30 @@ struct Sums {
                 pack_pair<T>(sum.x, sum.y);
         }
     }
+    // Asks for `chunks` chunks of the block's rows from `chunk` on, into L2.
+    __device__ void prefetch(const Units& at, int chunk, int chunks) const {
+        const Group& group = work.groups[at.group];
+        chunks = min(chunks, work.chunks - chunk);
+        for (int i = threadIdx.x; i < at.count * chunks; i += kThreads) {
+            const int row = at.first + i / chunks;
+            if (kIn && row >= 2 * p.F) continue;
+            prefetch_l2(row_start<T, kIn>(p, group, row, at.active) + (chunk + i % chunks) * 128);
+        }
+    }
 };
 
 template <class T, int TP, bool kIn>
-__device__ void copy_all(const Problem& p, const Work& work, uint32_t ring, unsigned active,
-                         Barrier* full, Barrier* empty) {
-    const uint32_t stage_bytes = (work.tile_rows + TP) * 128;
-    Copies<T, TP, kIn> copies(p, work);
-    Units at(work, active);
-    copies.begin_block(at);
-    Ring<kStages> stage;
-    if constexpr (!kIn) {
-        // Weights first, while the kernel before still makes the tokens.
-        for (int i = 0; i < kStages && !at.done(); ++i)
-            copies.copy(at, ring + i * stage_bytes, true, false);
-        copies.prefetch(at, kPrefetchOut);
-        wait_for_previous();
-        at = Units(work, active);
-        copies.begin_block(at);
-        for (int i = 0; i < kStages && !at.done(); ++i, stage.next()) {
-            copies.copy(at, ring + i * stage_bytes, false, true);
-            full[i].arrive_after_copies();
-        }
-    }
-    for (; !at.done(); stage.next()) {
-        empty[stage.slot].wait(stage.parity ^ 1);
-        copies.copy(at, ring + stage.slot * stage_bytes, true, true);
-        full[stage.slot].arrive_after_copies();
-    }
-    wait_copies();
-}
-
-template <class T, int TP, bool kIn>
-__device__ void multiply_all(const Problem& p, const Work& work, uint32_t ring, unsigned active,
-                             Barrier* full, Barrier* empty) {
-    const uint32_t stage_bytes = (work.tile_rows + TP) * 128;
-    using Parts = Sums<T, TP, kIn>;
-    const Parts sums(p, work);
-    if constexpr (!kIn) wait_for_previous();
-    float c[Parts::kPerWarp][Parts::kTiles][4] = {};
-    Ring<kStages> stage;
-    for (Units at(work, active); !at.done(); at.next(), stage.next()) {
-        full[stage.slot].wait(stage.parity);
-        sums.multiply(c, ring + stage.slot * stage_bytes, (at.count + 15) / 16);
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) empty[stage.slot].arrive();
-        if (!at.ends_block()) continue;
-        sums.store(c, at);
-#pragma unroll
-        for (int j = 0; j < Parts::kPerWarp; ++j)
-#pragma unroll
-            for (int n = 0; n < Parts::kTiles; ++n)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) c[j][n][i] = 0;
-    }
-}
-
-// With few tokens an expansion fits on the multiprocessor beside a product: of registers, too.
-template <class T, int TP, bool kIn>
-__global__ void __launch_bounds__(kThreads, TP <= 16 ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, 2)
     decode_product_kernel(const __grid_constant__ Problem p, const __grid_constant__ Work work) {
+    using Parts = Product<T, TP, kIn>;
     extern __shared__ __align__(128) char shared[];
     __shared__ unsigned shared_active;
-    __shared__ Barrier full[kStages], empty[kStages];
-    const bool copies = threadIdx.x >= kMultiplying;
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < kStages; ++i) {
-            full[i].init(kCopying);
-            empty[i].init(kWarps);
-        }
-    }
+    Parts product(p, work, shared);
+    constexpr int kAhead = kStages - 1;
     if constexpr (kIn) {
         // Into L2 only, where what another kernel may still write to a weight is seen.
-        if (copies) Copies<T, TP, kIn>(p, work).prefetch(Units(work, ~0u), kPrefetchIn);
+        const Units at(work, ~0u);
+        if (!at.done()) product.prefetch(at, 0, kPrefetchIn);
         wait_for_previous();
         launch_dependents();
         if (blockIdx.x == 0)
@@ -361,13 +284,50 @@ __global__ void __launch_bounds__(kThreads, TP <= 16 ? 2 : 1)
     } else {
         launch_dependents();
     }
-    // Its barriers are those after `full` and `empty` are made, too.
     const unsigned active = active_experts<kThreads>(p, &shared_active);
-    const uint32_t ring = kept(shared_address(shared));
-    if (copies) {
-        copy_all<T, TP, kIn>(p, work, ring, active, full, empty);
-    } else {
-        multiply_all<T, TP, kIn>(p, work, ring, active, full, empty);
+    const uint32_t end = product.ring + kStages * product.stage_bytes;
+    Units ready(work, active), copied(work, active);
+    if (!copied.done()) product.begin_block(copied);
+    const auto copy = [&](uint32_t to, bool weights, bool tokens) {
+        if (copied.done()) return;
+        product.copy(copied, to, weights, tokens);
+        if (copied.next() && !copied.done()) product.begin_block(copied);
+    };
+    for (int stage = 0; stage < kAhead; ++stage) {
+        copy(product.ring + stage * product.stage_bytes, true, kIn);
+        commit_copies();
+    }
+    if constexpr (!kIn) {
+        if (!copied.done()) product.prefetch(copied, copied.chunk, kPrefetchOut);
+        wait_for_previous();
+        copied = ready;
+        if (!copied.done()) product.begin_block(copied);
+        for (int stage = 0; stage < kAhead; ++stage)
+            copy(product.ring + stage * product.stage_bytes, false, true);
+        commit_copies();
+        wait_copies<0>();
+    }
+    float c[Parts::kPerWarp][Parts::kTiles][4] = {};
+    uint32_t from = product.ring, to = product.ring + kAhead * product.stage_bytes;
+    while (!ready.done()) {
+        wait_copies<kStages - 2>();
+        __syncthreads();
+        copy(to, true, true);
+        commit_copies();
+        product.multiply(c, from, (ready.count + 15) / 16);
+        if (ready.ends_block()) {
+            product.store(c, ready);
+#pragma unroll
+            for (int j = 0; j < Parts::kPerWarp; ++j)
+#pragma unroll
+                for (int n = 0; n < Parts::kTiles; ++n)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) c[j][n][i] = 0;
+        }
+        ready.next();
+        to = from;
+        from += product.stage_bytes;
+        if (from == end) from = product.ring;
     }
 }
 

@@ -1,5 +1,5 @@
-// What Hopper's kernels share: bulk copies, matrix products of a warpgroup. PTX ISA, sections on
-// cp.async.bulk and wgmma. Compiled for sm_90a alone.
+// What Hopper's kernels share: barriers in shared memory, bulk copies, matrix products of a
+// warpgroup. PTX ISA, sections on mbarrier, cp.async.bulk and wgmma. Compiled for sm_90a alone.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -8,15 +8,64 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "barrier.cuh"
-
 namespace flexmore::cuda {
 
 constexpr int kWarpgroup = 128;
 
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
 // A value that all threads of a warp have, told to the compiler: branches on it do not diverge,
 // which matrix products require.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xFFFFFFFFu, x, 0); }
+
+// A barrier of `count` arrivals in 8 bytes of shared memory; its phases alternate parity.
+struct Barrier {
+    uint64_t word;
+
+    __device__ __forceinline__ void init(int count) {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(this)),
+                     "r"(count));
+    }
+    __device__ __forceinline__ void arrive() {
+        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(this))
+                     : "memory");
+    }
+    // Arrives, and the phase waits for so many bytes of bulk copies besides.
+    __device__ __forceinline__ void arrive_expecting(int bytes) {
+        asm volatile(
+            "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)),
+            "r"(bytes)
+            : "memory");
+    }
+    __device__ __forceinline__ void wait(int parity) {
+        asm volatile(
+            "{\n"
+            ".reg .pred done;\n"
+            "again:\n"
+            "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+            "@!done bra again;\n"
+            "}\n" ::"r"(shared_address(this)),
+            "r"(parity)
+            : "memory");
+    }
+};
+
+// Which of `Slots` ring entries is next, and the parity of its barrier's phase. Who takes every
+// Stride-th entry starts at one of the first.
+template <int Slots, int Stride = 1>
+struct Ring {
+    int slot = 0, parity = 0;
+
+    __device__ __forceinline__ void next() {
+        slot += Stride;
+        if (slot >= Slots) {
+            slot -= Slots;
+            parity ^= 1;
+        }
+    }
+};
 
 // Makes barriers' initial state visible to bulk copies, and this thread's stores to shared memory
 // to copies and matrix products that are issued after the next barrier.

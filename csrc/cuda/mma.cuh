@@ -2,10 +2,13 @@
 // ldmatrix, mma.sync m16n8k16, and Hopper's programmatic dependent launch (no-ops before sm_90).
 #pragma once
 
-#include "barrier.cuh"
 #include "common.cuh"
 
 namespace flexmore::cuda {
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
 
 // Copies Bytes (4, 8 or 16) from global to shared memory, zeros where not valid.
 template <int Bytes>
@@ -28,8 +31,6 @@ template <int Pending>
 __device__ __forceinline__ void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
-// Waits for all copies of this thread.
-__device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 // Waits until at most `pending` groups (0 to 6) of this thread are under way.
 __device__ __forceinline__ void wait_copies(int pending) {
     switch (pending) {
