@@ -98,14 +98,13 @@ def compare(
 
     Args:
         candidates: name -> a call, or several that do the same on copies of the inputs.
-        rounds, min_rounds, budget_s: rounds end after `budget_s` seconds, but not before
-            `min_rounds`.
+        rounds, min_rounds, budget_s: rounds end after `budget_s` seconds and `min_rounds`.
         graphs: replay short candidates from CUDA graphs. Only for calls that take turns, or read
             CACHES times the L2 cache each: nothing else makes the cache cold within a replay.
         each_round: called once a round while the device is at work, to look at its clocks.
 
-    Raises CallFailed, from what a candidate raised; Interrupted where a KeyboardInterrupt ends the
-    rounds, with the times of all candidates that one round reached.
+    Raises CallFailed, from what a candidate raised; Interrupted, with the times of the candidates
+    that one round reached, where a KeyboardInterrupt ends the rounds.
     """
     device = torch.device(device)
     turns = {
@@ -132,8 +131,7 @@ def compare(
         for name, calls in turns.items():
             with _blame(name):
                 calls[0]()
-    samples: dict[str, list[float]] = {name: [] for name in turns}
-    called: dict[str, list[float]] = {name: [] for name in replays}
+    samples, called = ({name: [] for name in names} for names in (turns, replays))
     begin = time.perf_counter()
     try:
         for done in range(rounds):
@@ -205,7 +203,7 @@ class _Wall:
 
 class _Events:
     """CUDA events around a call. Before it the L2 cache is overwritten, and the device held until
-    the host, which needs `ahead` milliseconds for the call, has made all its launches."""
+    the host, which needs about `ahead` milliseconds, has made all launches; else, timed again."""
 
     how = "events"
 
@@ -213,17 +211,21 @@ class _Events:
         self.flush = torch.empty(5 * l2_bytes(device), dtype=torch.int8, device=device)
 
     def time(self, call: Call, look: Callable[[], None] | None = None, ahead: float = 0) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.flush.zero_()
-        if ahead:
-            torch.cuda._sleep(int(min(2 * ahead, MAX_HOLD_MS) * CYCLES_PER_MS))
-        start.record()
-        call()
-        end.record()
-        if look:
-            look()
-        end.synchronize()
-        return start.elapsed_time(end)
+        hold = min(2 * ahead, MAX_HOLD_MS)
+        while True:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self.flush.zero_()
+            torch.cuda._sleep(int(hold * CYCLES_PER_MS))
+            start.record()
+            call()
+            late = start.query()
+            end.record()
+            if look:
+                look()
+            end.synchronize()
+            if not late or hold in (0, MAX_HOLD_MS):
+                return start.elapsed_time(end)
+            hold = min(2 * hold, MAX_HOLD_MS)
 
 
 def waits_for_device(call: Call) -> bool:
