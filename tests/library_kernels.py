@@ -68,5 +68,6 @@ def demangled(symbols: list[str]) -> list[str]:
     names = []
     for name in run.stdout.splitlines():
         name = name.removeprefix("void ").replace("(anonymous namespace)::", "")
-        names.append(name.split("(")[0].removeprefix("flexmore::cuda::"))
+        kernel, bracket, arguments = name.split("(")[0].partition("<")
+        names.append(kernel.split("::")[-1] + bracket + arguments)
     return names
