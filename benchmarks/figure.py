@@ -34,12 +34,12 @@ FEW = 3
 
 
 def sweep(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The forward records of the shape, dtype and device with the most T of SWEEP, by T."""
+    """The forward records of the shape, dtype, device and commit with the most T of SWEEP, by T."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for record in records:
         whole = record["benchmark"] == "experts" and record["pass"] == "forward" and floor(record)
         if whole and record["tokens"] in SWEEP:
-            key = record["shape"], record["dtype"], record["device"]
+            key = record["shape"], record["dtype"], record["device"], record["commit"]
             groups.setdefault(key, []).append(record)
     best = max(groups.values(), key=len, default=[])
     return sorted(best, key=lambda record: record["tokens"]) if len(best) >= FEW else []

@@ -1,7 +1,8 @@
 """Experts: the whole mixture of a FlexMoRE layer as one op with one backward.
 
-Kernels: _triton/experts.py composes ragged kernels without a host sync (GPU); _aten/experts.py
-loops over the experts (CPU). In both, the base is computed once per token, forward and backward,
+Kernels: csrc/cuda/experts.cu for up to 64 tokens without a gradient; else _triton/experts.py, which
+composes ragged kernels and those of the compiled library without a host sync (GPU), and
+_aten/experts.py, which loops over the experts (CPU). In all, the base is computed once per token, forward and backward,
 whatever the number of selected experts, and nothing is computed for tensors that need no gradient.
 Cost: 6*T*D*F for the base and 2*(D + F) operations for each unit of rank of each routed row.
 Maths: reference/experts.py.
