@@ -141,7 +141,8 @@ def rows_to_slots(values: Tensor, slot_to_row: Tensor) -> Tensor:
     return torch.where(slot_to_row >= 0, values[slot_to_row.clamp(min=0).long()], 0)
 
 
-@functools.lru_cache(maxsize=1024)
+# For good: a captured graph may read a table that nobody else uses any more.
+@functools.cache
 def _device_ints(values: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=torch.int32, device=device)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 
 from flexmore_kernels import native
+from flexmore_kernels.projection import FULL
 
 pytestmark = pytest.mark.skipif(native.host() is None, reason="the module _host was not built")
 
@@ -80,3 +82,18 @@ def test_thread_blocks_read_equal_bytes():
     rows = [b - a for a, b in itertools.pairwise(work["in"]["start"])]
     assert min(rows) == max(rows) == work["in"]["chunks"]
     assert 22784 / 132 <= work["in"]["tile_rows"] <= 176
+
+
+def test_a_single_row_or_column_is_judged_by_its_strides():
+    from flexmore_kernels._native.experts import decode_serves
+    from flexmore_kernels.projection import Projection
+
+    x, base = torch.ones(1, 16), torch.ones(8, 16)
+
+    def serves(a, b):
+        return decode_serves(x, [Projection((base, None), ((a, b),), (FULL, 1), False)])
+
+    a, b = torch.ones(1, 16), torch.ones(8, 1)
+    assert serves(a, b)
+    assert b.T.contiguous().T.is_contiguous() and not serves(a, torch.ones(1, 8).T)
+    assert not serves(torch.ones(16, 1).T, b)

@@ -14,13 +14,19 @@ _ops = torch.ops.flexmore_native
 
 def decode_serves(x: Tensor, sides: Sequence[Projection]) -> bool:
     """Whether the tensors lie as the kernels read them: rows end to end, of whole 16 bytes."""
-    read_in_words = [x, *(side.full[0] for side in sides)]
+    read_in_words = [side.full[0] for side in sides]
     for side in sides:
         for a, b in side.factors:
             read_in_words.append(a)
-            if not b.is_contiguous():
+            if not _end_to_end(b):
                 return False
-    return all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in read_in_words)
+    aligned = all(t.data_ptr() % 16 == 0 for t in (x, *read_in_words))
+    return aligned and x.is_contiguous() and all(map(_end_to_end, read_in_words))
+
+
+def _end_to_end(matrix: Tensor) -> bool:
+    """By strides: of a single row or column, `is_contiguous` says yes to any."""
+    return matrix.stride() == (matrix.shape[1], 1)
 
 
 def decode(x: Tensor, indices: Tensor, weights: Tensor, sides: Sequence[Projection]) -> Tensor:

@@ -16,18 +16,22 @@ FEWEST_TOKENS = 512
 """With fewer, Triton's kernels, which fill the device sooner, are faster (measured on an H100)."""
 MOST_LOW_RANK = 6
 MOST_LOW_RANK_WITH_ROWS = 5
+MOST_ROWS = 8
 MOST_RANK = 64
 
 
-def serves(gate_TF: Tensor, sides: Sequence[Projection], with_rows: bool) -> bool:
-    """Whether `hidden` takes these sizes; the device and the dtype are the caller's to check."""
+def serves(gate_TF: Tensor, sides: Sequence[Projection], rows_a_token: int = 0) -> bool:
+    """Whether `hidden` takes these sizes, K rows a token if any are given to it; the device and the
+    dtype are the caller's to check.
+    """
     tokens, width = gate_TF.shape
     low_rank = [max(ranks) for ranks in zip(*(side.ranks for side in sides), strict=True)]
     return (
         tokens >= FEWEST_TOKENS
         and width % 16 == 0
         and sum(rank > 0 for rank in low_rank)
-        <= (MOST_LOW_RANK_WITH_ROWS if with_rows else MOST_LOW_RANK)
+        <= (MOST_LOW_RANK_WITH_ROWS if rows_a_token else MOST_LOW_RANK)
+        and rows_a_token <= MOST_ROWS
         and max(low_rank) <= MOST_RANK
     )
 

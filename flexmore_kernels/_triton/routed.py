@@ -104,7 +104,7 @@ class Routed:
         low_gate, low_up, low_down = self.packed
         s_TR = self.x @ joined([low_gate.a, low_up.a], 0).T
         hopper = backend.hopper("token_major", gate_TF)
-        if hopper is not None and hopper.serves(gate_TF, self.sides, own is not None):
+        if hopper is not None and hopper.serves(gate_TF, self.sides, self.top_k if own else 0):
             return hopper.hidden(gate_TF, up_TF, weights, plan, s_TR, self.sides, *(own or ()))
         writes = tuple(int(rank > 0) for rank in low_down.ranks)
         factors = (low_gate.b, low_gate.ranks, low_up.b, low_up.ranks)
