@@ -40,6 +40,8 @@ def twin(layer, dtype) -> reference.FlexMoRE:
 @stacked_or_apart
 def test_prepared_layer_computes_the_same(merge, stacked, device, kernels):
     """Merging moves a rounding from the activations into W + B A: the rule is the layer's own."""
+    if (kernels, device) == ("triton", "cpu") and merge not in (None, "auto"):
+        pytest.skip("in the interpreter, which is slow: nothing and what is chosen")
     layer, x = make(stacked, device), testing.make_x(90, D, device)
     truth = twin(layer, torch.float64)(x.double())
     same = twin(layer, torch.float32)(x)

@@ -2,8 +2,9 @@
 
 Kernels: csrc/cuda/experts.cu for up to 64 tokens without a gradient; else _triton/experts.py, which
 composes ragged kernels and those of the compiled library without a host sync (GPU), and
-_aten/experts.py, which loops over the experts (CPU). In all, the base is computed once per token, forward and backward,
-whatever the number of selected experts, and nothing is computed for tensors that need no gradient.
+_aten/experts.py, which loops over the experts (CPU). In all, the base is computed once per token,
+forward and backward, whatever the number of selected experts, and nothing is computed for tensors
+that need no gradient.
 Cost: 6*T*D*F for the base and 2*(D + F) operations for each unit of rank of each routed row.
 Maths: reference/experts.py.
 """
