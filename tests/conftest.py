@@ -35,7 +35,7 @@ settings.register_profile(
     "house",
     deadline=None,
     derandomize=True,
-    max_examples=8 if os.environ.get("TRITON_INTERPRET") == "1" else 20,  # it is slow
+    max_examples=8 if INTERPRET else 20,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile("house")
