@@ -118,18 +118,19 @@ def _choose(layouts, few, many, top_k, hidden, width, dtype, kernels) -> Schedul
         ways = _mixed_ways(layouts)
         own = tuple(e for e, way in enumerate(ways) if way in ("grouped", "full"))
         return Schedule(route, ways, True, own)
-    pairs = list(zip(gate[1:], up[1:], strict=True))
-    small = FULL not in down[1:]
-    small = small and all(0 <= rank <= FUSED_RANK for pair in pairs for rank in pair)
+    entries = list(zip(*layouts, strict=True))[1:]
+    small = all(0 <= rank <= FUSED_RANK for own in entries for rank in own[:2])
+    small = small and FULL not in down[1:]
     low_rank = "fused" if by_set and small and route != "loop" else "grouped"
-    ways = ("base", *(_way(pair, low_rank) for pair in pairs))
+    ways = ("base", *(_way(own, low_rank) for own in entries))
     return Schedule(route, ways, route != "loop" and by_set and FULL not in down[1:])
 
 
-def _way(pair: tuple[int, int], low_rank: str) -> str:
-    if FULL in pair:
+def _way(entries: tuple[int, int, int], low_rank: str) -> str:
+    if FULL in entries[:2]:
         return "full"
-    return low_rank if any(pair) else "base"
+    # A down matrix of its own reads rows of its own, be gate and up the base's.
+    return low_rank if any(entries[:2]) or entries[2] == FULL else "base"
 
 
 def _mixed_ways(layouts: tuple[tuple[int, ...], ...]) -> tuple[str, ...]:

@@ -81,6 +81,18 @@ def test_gradients_in_double(ranks, device, kernels, small_limits):
         assert_accurate(a, torch.zeros_like(a) if b is None else b, name=f"gradient {index}")
 
 
+def test_few_tokens_and_a_down_matrix_alone(device, kernels):
+    inputs = testing.leaves(
+        make(case_of((0, (0, 0, FULL), (0, 0, 4)), "random"), device, torch.float64)
+    )
+    wanted = [t for t in testing.tensors(inputs) if t.requires_grad]
+    ours, truth = ops.experts(*inputs), reference.experts(*inputs)
+    assert_accurate(ours, truth)
+    dy = torch.randn_like(truth)
+    for a, b in zip(*(torch.autograd.grad(y, wanted, dy) for y in (ours, truth)), strict=True):
+        assert_accurate(a, b)
+
+
 def products(x: torch.Tensor):
     """The raw kernels that the forward would take."""
     module = backend.hopper("grouped_gemm", x) or backend.kernels("grouped_gemm", x)

@@ -54,6 +54,11 @@ def test_a_full_size_down_is_not_one_dense_product():
     assert how.ways == ("base", "grouped") and not how.dense_down
 
 
+def test_a_full_size_down_alone_needs_rows_of_its_own():
+    how = choose((0, 0, FULL), (0, 0, 16), tokens=OWN_TOKENS - 1)
+    assert how.ways == ("base", "grouped", "base") and not how.all_fused and not how.dense_down
+
+
 def test_many_experts_are_expert_major():
     most = choose(*[16] * (MAX_SET_EXPERTS - 1))
     more = choose(*[16] * MAX_SET_EXPERTS)
