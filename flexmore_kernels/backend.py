@@ -1,10 +1,15 @@
 """Which kernels run: one module of raw kernels per device and stem, of equal names and signatures.
 
 `_native` is the compiled library (CPU: C++; CUDA: CUDA C++), `_triton` runs on any GPU, `_aten` is
-plain PyTorch and runs everywhere. The rule is short: the compiled library where it has the stem,
-else Triton on a GPU and aten on a CPU; `ON_GPU` lists the functions for which measurements on a GPU
-say otherwise. Tests and benchmarks choose with `use`. Ops choose by `kernels`, `flexmore env` asks
-`selected` and `why_not`: one rule, so that it reports what runs.
+plain PyTorch and runs everywhere. The rule is short: the compiled library where it has the whole
+stem (native.STEMS), else Triton on a GPU and aten on a CPU; `ON_GPU` lists the functions for which
+measurements on a GPU say otherwise. Ops choose so by `kernels`. Before that, and inside Triton's
+experts, callers ask for what the library does better for some sizes of 16-bit floats on a GPU:
+`library` (few tokens, many experts), `hopper` (many tokens, compute capability 9.0); whether the
+sizes fit is theirs to ask of the module that they get. Tests and benchmarks choose with `use`.
+
+`flexmore env` asks `selected`, `why_not`, `library_runs` and `hopper_runs`: the same rules, so that
+it reports what runs.
 """
 
 from __future__ import annotations
@@ -125,16 +130,24 @@ def library(stem: str, tensor: Tensor) -> ModuleType | None:
     """The library's CUDA kernels of `stem`, for what only they do, with 16-bit floats; None where
     they cannot run on the tensor, or others are asked for by `use`.
     """
-    if tensor.device.type != "cuda" or tensor.dtype not in (torch.bfloat16, torch.float16):
-        return None
-    if (_forced and _forced[-1] != "native") or not native.cuda_runs_on(tensor.device.index):
-        return None
-    return _module("native", stem)
+    return _module("native", stem) if library_runs(tensor.device, tensor.dtype) else None
+
+
+def library_runs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `library` gives kernels for tensors of this dtype there."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return (not _forced or _forced[-1] == "native") and native.cuda_runs_on(device.index)
 
 
 def hopper(stem: str, tensor: Tensor) -> ModuleType | None:
     """As `library`, where the kernels are for compute capability 9.0 alone."""
-    return library(stem, tensor) if _is_hopper(tensor.device) else None
+    return _module("native", stem) if hopper_runs(tensor.device, tensor.dtype) else None
+
+
+def hopper_runs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `hopper` gives kernels for tensors of this dtype there."""
+    return library_runs(device, dtype) and _is_hopper(device)
 
 
 @functools.cache
@@ -142,16 +155,6 @@ def _is_hopper(device: torch.device) -> bool:
     # Code for 9.0 without the "a", or made from older PTX, has empty kernels.
     capable = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
     return capable and "90a" in native.cuda_archs()
-
-
-def few_tokens(stem: str, tensor: Tensor) -> ModuleType | None:
-    """The library's module for a stem's few tokens, where CUDA is its device and it may run there.
-
-    Who asks has looked at the number of tokens, and at what else these kernels ask for.
-    """
-    if tensor.device.type != "cuda" or (_forced and _forced[-1] != "native"):
-        return None
-    return _module("native", stem) if native.cuda_runs_on() else None
 
 
 def why_not(name: str, stem: str, device: torch.device | str) -> str | None:
@@ -163,11 +166,12 @@ def why_not(name: str, stem: str, device: torch.device | str) -> str | None:
         return "not installed" if kind == "cuda" else "runs on a GPU only"
     if name == "aten":
         return "runs on a GPU only where Triton is missing"
-    if stem not in native.STEMS.get(kind, ()):
+    part = native.CUDA_PARTS.get(stem) if kind == "cuda" else None
+    if stem not in native.STEMS.get(kind, ()) and part is None:
         return f"the compiled library has no {kind} kernels for it"
     if kind == "cpu":
         return native.why_not()
-    return native.why_not_cuda(torch.cuda.current_device())
+    return native.why_not_cuda(torch.cuda.current_device()) or part
 
 
 @functools.cache
@@ -199,6 +203,16 @@ def _warn_where_slow(stem: str, name: str, kind: str) -> None:
             f"{native.why_not_cuda(torch.cuda.current_device())}. Build for it, with "
             "TORCH_CUDA_ARCH_LIST, or update the driver.",
         )
+
+
+def device_or_default(device: str | None) -> str:
+    """The device that a command was asked to run on; by default "cuda" where torch finds a GPU."""
+    here = torch.cuda.is_available()
+    if device is not None and torch.device(device).type == "cuda" and not here:
+        raise ValueError(
+            f"device: got {device!r}, but torch finds no NVIDIA GPU here; accepted: 'cpu'"
+        )
+    return device or ("cuda" if here else "cpu")
 
 
 @contextlib.contextmanager

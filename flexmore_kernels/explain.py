@@ -1,7 +1,8 @@
 """`flexmore bench`: a layer beside one dense FFN, and with --explain why it takes what it takes.
 
-The schedule that is printed is the one that the forward asked for while it was watched. Floors are
-those of floors.py, by rates measured in the same run; rows are those of the routing that ran.
+The schedule that is printed is the one that the forward asked for while it was watched, whose
+kernels do its parts is asked of the functions that choose them. Floors are those of floors.py, by
+rates measured in the same run; rows are those of the routing that ran.
 """
 
 from __future__ import annotations
@@ -53,10 +54,10 @@ def run(
     merge: False for a layer as it is, else what `prepare` takes.
     """
     torch.manual_seed(0)
+    say("making the layer")
+    layer = make_layer(shape, device, dtype)  # first: it refuses what it cannot be made of
     say("measuring copy and matmul of the device")
     roofs = floors.measure(device)
-    say("making the layer")
-    layer = make_layer(shape, device, dtype)
     prepared = None if merge is False else str(layer.prepare(merge=merge))
     dense, dense_name = _dense(layer, device, say)
     found = []
@@ -120,8 +121,13 @@ def _measure(
         "floor_ratio": whole.floor_ms(roofs) / plain.floor_ms(roofs),
     }
     if explain:
-        how = seen[-1] if seen else _chosen(layouts, work, shape, weight)
+        how = seen[-1] if seen else _chosen(layouts, work, weight)
         found["route"], found["dense_down"] = how.route, how.dense_down
+        found["by_library"] = how.by_library
+        on_hopper = backend.hopper_runs(weight.device, weight.dtype)
+        found["served"] = served(
+            how, layouts, tokens, shape.top_k, work.hidden, work.width, on_hopper
+        )
         found["experts"] = [
             {"expert": e, "ranks": _ranks(kinds), "way": how.ways[e], "rows": rows[e]}
             for e, kinds in enumerate(zip(*layouts, strict=True))
@@ -146,12 +152,57 @@ def _layouts(layer: FlexMoRE, x: Tensor) -> list[tuple[int, ...]]:
     return found
 
 
-def _chosen(layouts, work: Work, shape: Shape, weight: Tensor) -> schedule.Schedule:
+def _chosen(layouts, work: Work, weight: Tensor) -> schedule.Schedule:
     """Of kernels that do not ask: those of plain PyTorch have one way only."""
     return schedule.choose(
-        layouts, work.tokens, top_k=shape.top_k, hidden=work.hidden, width=work.width,
-        dtype=weight.dtype, kernels=(backend.chosen("experts", weight.device),),
+        layouts, work.tokens, hidden=work.hidden, width=work.width, dtype=weight.dtype,
+        kernels=(backend.chosen("experts", weight.device),),
     )  # fmt: skip
+
+
+def served(
+    how: schedule.Schedule,
+    layouts: Sequence[Sequence[int]],
+    tokens: int,
+    top_k: int,
+    hidden: int,
+    width: int,
+    on_hopper: bool,
+) -> dict[str, str]:
+    """Part of the forward -> whose kernels it is, but for the base's products, which are cuBLAS's;
+    nothing of the loop, whose route says it.
+
+    By sizes alone, with the functions that the forward asks. on_hopper: whether the library's
+    kernels for Hopper run (`backend.hopper_runs`).
+    """
+    if how.by_library:
+        return {"all": "the library"}
+    if how.route != "token-major":
+        return {} if how.route == "loop" else {"all": "Triton"}
+    from ._native import grouped_gemm, token_major
+    from ._triton import own_rows
+
+    name = lambda by_library: "the library" if on_hopper and by_library else "Triton"
+    ranks = [[max(kind, 0) for kind in layout] for layout in layouts]
+    in_order = [[0 if e in how.own else r for e, r in enumerate(side)] for side in ranks]
+    rows = own_rows.added_to_hidden(layouts, how.own)
+    grouped = grouped_gemm.serves(hidden, width)
+    found = {}
+    if how.all_fused or (how.own and 0 not in how.own):
+        found["hidden sum"] = name(
+            token_major.serves(tokens, width, in_order, top_k if rows else 0)
+        )
+    elif not how.own:
+        found["hidden sum"] = name(False)
+    if how.own:
+        found["rows of their own"] = name(grouped)
+    if any(ranks[2]):
+        # Where rows with a down matrix of their own are added, too, cuBLAS forms the sum.
+        dense = how.dense_down and len(rows) == len(how.own)
+        by_cublas = bool(how.own) and not dense
+        large = dense and grouped and tokens >= schedule.HOPPER_TOKENS
+        found["deltas of down"] = "cuBLAS" if by_cublas else name(large)
+    return found
 
 
 def _ranks(kinds: tuple[int, ...]) -> str:

@@ -12,6 +12,7 @@ WAYS = {
     "grouped": "its delta by products over its own rows",
     "full": "a matrix of its own, over its own rows",
 }
+FUSED_BY_LIBRARY = "its delta is added by the library, in the pass over all experts"
 ROUTES = {
     "decode": "few tokens: one pass over the weights",
     "token-major": "few experts: tokens stay in order",
@@ -57,20 +58,30 @@ def _explained(one: dict[str, Any]) -> list[str]:
     """One number of tokens in full."""
     parts = [_experts(one), _stages(one), _kernels(one)]
     down = "one product dense in tokens" if one["dense_down"] else "by rows"
-    what = ROUTES.get(one["route"], "") + (
-        "" if one["route"] == "loop" else f"; deltas of down: {down}"
-    )
-    lines = [f"T = {one['tokens']}, route {one['route']} ({what})"]
+    whole = one["route"] == "loop" or one["by_library"]
+    what = ROUTES.get(one["route"], "") + ("" if whole else f"; deltas of down: {down}")
+    lines = [f"T = {one['tokens']}, route {one['route']} ({what})", *_served(one["served"])]
     return lines + [line for part in parts if part for line in ("", *part)]
 
 
+def _served(served: dict[str, str]) -> list[str]:
+    """Whose kernels, and of what, where not of all."""
+    parts: dict[str, list[str]] = {}
+    for part, name in served.items():
+        parts.setdefault(name, []).append(part)
+    names = [
+        name + ("" if own == ["all"] else f" ({', '.join(own)})") for name, own in parts.items()
+    ]
+    return [f"kernels: {'; '.join(names)}"] if names else []
+
+
 def _experts(one: dict[str, Any]) -> list[str]:
-    rows = []
+    rows, ways = [], WAYS | ({"fused": FUSED_BY_LIBRARY} if one["by_library"] else {})
     for (ranks, way), same in itertools.groupby(one["experts"], lambda e: (e["ranks"], e["way"])):
         group = list(same)
         counts = [expert["rows"] for expert in group]
         names = _span(group[0]["expert"], group[-1]["expert"])
-        rows.append((names, ranks, _span(min(counts), max(counts)), way, WAYS.get(way, "")))
+        rows.append((names, ranks, _span(min(counts), max(counts)), way, ways.get(way, "")))
     heads = ("expert", "rank", f"rows ({one['expected_rows']:.0f} expected)", "way", "")
     return _table(heads, rows, left=(3, 4))
 

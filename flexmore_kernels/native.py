@@ -19,7 +19,18 @@ from types import ModuleType
 import torch
 
 STEMS = {"cpu": {"routing", "permutation", "gated_mix"}, "cuda": {"routing", "permutation"}}
-"""The stems that the library holds kernels of, by device type; `_native/<stem>.py` wraps them."""
+"""The stems of which the library has every function, for any size, by device type: there it is
+preferred (backend.py). `_native/<stem>.py` wraps them.
+"""
+
+CUDA_PARTS = {
+    "grouped_gemm": "the compiled library has it inside the experts alone",
+    "lowrank": "the compiled library has it inside the experts alone",
+    "experts": "the compiled library serves forwards of 16-bit floats and some sizes, listed apart",
+}
+"""Stems of which the library has kernels for some sizes of 16-bit floats on a GPU, and what to say
+where it is asked why they are not preferred for all; `backend.library` and `hopper` give them.
+"""
 
 
 @functools.cache

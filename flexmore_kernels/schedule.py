@@ -9,9 +9,10 @@ Routes, of the whole forward:
     expert-major  many experts: rows sorted by expert
     loop          plain PyTorch, one expert after the other
 Ways, of one expert:
-    base     no delta of its own: what the base computes for every token serves it
+    base     no delta of its own in gate and up (where `by_library`, nor in down): what the base
+             computes for every token serves it
     fused    small ranks: expanded where the hidden sum is formed, no row of it is gathered
-    grouped  larger ranks: ragged products over its own rows
+    grouped  larger ranks, or a down matrix alone: ragged products over its own rows
     full     a matrix of its own (full-size, or merged by `layer.prepare`): grouped GEMMs
 """
 
@@ -36,10 +37,16 @@ DECODE_EXPERTS = 16
 FUSED_RANK = 64
 """One block of rank columns: a step of the token-major kernels is one product a projection."""
 
+SWEPT_RANK = 32
+"""The library's kernels for many experts hold so many columns of a delta at a time."""
 
 OWN_TOKENS = 512
 """From so many tokens on, experts that cannot be fused have rows of their own while others are
 fused; with fewer, their rows do not fill large tiles, and all experts go one way."""
+
+HOPPER_TOKENS = 1024
+"""Fewer leave multiprocessors without one of the tiles of Hopper's grouped GEMM, 128 x 256, where
+all tokens' rows are its one group."""
 
 
 class Schedule(NamedTuple):
@@ -49,6 +56,7 @@ class Schedule(NamedTuple):
     ways: tuple[str, ...]  # E
     dense_down: bool  # the down deltas as one product dense in tokens, not by rows
     own: tuple[int, ...] = ()  # experts whose rows are sorted while others' tokens stay in order
+    by_library: bool = False  # decode, or the sweep over many experts: what the library fuses
 
     @property
     def all_fused(self) -> bool:
@@ -60,24 +68,24 @@ def choose(
     layouts: Sequence[Sequence[int]],
     tokens: int,
     *,
-    top_k: int,
     hidden: int,
     width: int,
     dtype: torch.dtype,
     kernels: Sequence[str] = ("triton",),
-    saves: bool = False,
+    decode: bool = True,
 ) -> Schedule:
     """The schedule of one forward.
 
     Args:
         layouts: of gate, up and down, an int an expert: `FULL`, 0 for no delta, or the rank.
-        tokens, top_k, hidden, width: T, K, D, F.
+        tokens, hidden, width: T, D, F.
         kernels: which can be used, of `backend.NAMES`; "native" is the library's on this GPU.
-        saves: whether what the backward needs is kept.
+        decode: whether the kernels for few tokens may serve: not where a backward needs more than
+            they keep, or where tensors do not lie as they read them.
     """
-    few, many = tokens <= DECODE_TOKENS and not saves, tokens >= OWN_TOKENS
+    few, many = decode and tokens <= DECODE_TOKENS, tokens >= OWN_TOKENS
     layouts, kernels = tuple(map(tuple, layouts)), tuple(kernels)
-    how = _choose(layouts, few, many, top_k, hidden, width, dtype, kernels)
+    how = _choose(layouts, few, many, hidden, width, dtype, kernels)
     for seen in _watching:
         seen.append(how)
     return how
@@ -98,19 +106,19 @@ def watch() -> Iterator[list[Schedule]]:
 
 
 @functools.lru_cache(maxsize=256)
-def _choose(layouts, few, many, top_k, hidden, width, dtype, kernels) -> Schedule:
+def _choose(layouts, few, many, hidden, width, dtype, kernels) -> Schedule:
     gate, up, down = layouts
     by_set = len(gate) <= MAX_SET_EXPERTS
-    decodes = (
-        dtype in (torch.bfloat16, torch.float16)
-        and len(gate) <= DECODE_EXPERTS
+    fusable = (
+        "native" in kernels
+        and dtype in (torch.bfloat16, torch.float16)
         and not any(FULL in layout[1:] for layout in layouts)
         and hidden % 8 == 0
         and width % 8 == 0
     )
-    if few and decodes and "native" in kernels:
-        route = "decode"
-    elif "triton" in kernels:
+    if fusable and few and len(gate) <= DECODE_EXPERTS:
+        return Schedule("decode", _fused_ways(layouts), False, by_library=True)
+    if "triton" in kernels:
         route = "token-major" if by_set else "expert-major"
     else:
         route = "loop"
@@ -118,6 +126,8 @@ def _choose(layouts, few, many, top_k, hidden, width, dtype, kernels) -> Schedul
         ways = _mixed_ways(layouts)
         own = tuple(e for e, way in enumerate(ways) if way in ("grouped", "full"))
         return Schedule(route, ways, True, own)
+    if route == "expert-major" and fusable and max(map(max, layouts)) <= SWEPT_RANK:
+        return Schedule(route, _fused_ways(layouts), False, by_library=True)
     entries = list(zip(*layouts, strict=True))[1:]
     small = all(0 <= rank <= FUSED_RANK for own in entries for rank in own[:2])
     small = small and FULL not in down[1:]
@@ -131,6 +141,11 @@ def _way(entries: tuple[int, int, int], low_rank: str) -> str:
         return "full"
     # A down matrix of its own reads rows of its own, be gate and up the base's.
     return low_rank if any(entries[:2]) or entries[2] == FULL else "base"
+
+
+def _fused_ways(layouts: tuple[tuple[int, ...], ...]) -> tuple[str, ...]:
+    entries = list(zip(*layouts, strict=True))[1:]
+    return ("base", *("fused" if any(own) else "base" for own in entries))
 
 
 def _mixed_ways(layouts: tuple[tuple[int, ...], ...]) -> tuple[str, ...]:

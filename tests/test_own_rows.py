@@ -55,7 +55,7 @@ def test_forward(ranks, routing, dtype, device, kernels, small_limits):
     if kernels == "triton":
         layouts = [[-1 if r == FULL else r for r in side]
                    for side in testing.projection_ranks((FULL, *ranks[1:]))]  # fmt: skip
-        sizes = {"top_k": 3, "hidden": 40, "width": 56, "dtype": dtype}
+        sizes = {"hidden": 40, "width": 56, "dtype": dtype}
         assert schedule.choose(layouts, 21, **sizes).own
     ours = ops.experts(*inputs)
     truth = reference.experts(*testing.to_float64(inputs))

@@ -15,6 +15,11 @@ from ..ragged import SORTED, RoutingPlan, RowProducts
 _ops = torch.ops.flexmore_native
 
 
+def serves(hidden: int, width: int) -> bool:
+    """Whether these are sizes whose rows tensor maps can describe."""
+    return hidden % 8 == 0 and width % 8 == 0
+
+
 def sum_rows(
     work: Sequence[RowProducts],
     plan: RoutingPlan,

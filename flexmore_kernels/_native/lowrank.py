@@ -1,7 +1,7 @@
 """Low-rank products of many experts in the compiled library: csrc/cuda/lowrank.cu, gated_mix.cu.
 
 For CUDA tensors of 16-bit floats whose rows and factors start at multiples of 16 bytes, ranks that
-are multiples of 16 up to `MOST_RANK`. z of all rows is (N, 2 R), gate's columns then up's, R the
+are multiples of 16 up to `SWEPT_RANK`. z of all rows is (N, 2 R), gate's columns then up's, R the
 largest rank made a power of two; what the down projection shrinks is (planes, N, R) in float32.
 """
 
@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 from ..ragged import RoutingPlan, rank_offsets_tensor, ranks_tensor
+from ..schedule import SWEPT_RANK
 
 _ops = torch.ops.flexmore_native
-
-MOST_RANK = 32
 
 
 def serves(factors: list[tuple[Tensor, Tensor, tuple[int, ...]]], *rows: Tensor) -> bool:
     """Whether these kernels take (a, b, ranks) of gate, up and down, and contiguous rows."""
-    if max(max(ranks) for _, _, ranks in factors) > MOST_RANK:
+    if max(max(ranks) for _, _, ranks in factors) > SWEPT_RANK:
         return False
     tensors = [*rows, *(a for a, _, _ in factors), *(b for _, b, _ in factors)]
     return all(

@@ -20,12 +20,11 @@ MOST_ROWS = 8
 MOST_RANK = 64
 
 
-def serves(gate_TF: Tensor, sides: Sequence[Projection], rows_a_token: int = 0) -> bool:
+def serves(tokens: int, width: int, ranks: Sequence[Sequence[int]], rows_a_token: int = 0) -> bool:
     """Whether `hidden` takes these sizes, K rows a token if any are given to it; the device and the
-    dtype are the caller's to check.
+    dtype are the caller's to check. ranks: E of gate, up and down.
     """
-    tokens, width = gate_TF.shape
-    low_rank = [max(ranks) for ranks in zip(*(side.ranks for side in sides), strict=True)]
+    low_rank = [max(own) for own in zip(*ranks, strict=True)]
     return (
         tokens >= FEWEST_TOKENS
         and width % 16 == 0

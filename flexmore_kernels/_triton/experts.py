@@ -19,6 +19,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import backend, schedule
+from ..ragged import MAX_SET_EXPERTS
 from . import own_rows, token_major
 from .experts_backward import backward as backward
 from .routed import Routed, mm
@@ -28,16 +29,20 @@ def forward(x, indices, weights, sides) -> tuple[Tensor, Tensor | None, Tensor |
     """y (T, D); G and U (T, F), the base pre-activations, None where nothing needed them."""
     gate, up, down = sides
     (T, D), F = x.shape, gate.full[0].shape[0]
-    layouts, top_k = [side.layout for side in sides], indices.shape[1]
-    how = schedule.choose(layouts, T, top_k=top_k, hidden=D, width=F, dtype=x.dtype)
+    sizes = {"hidden": D, "width": F, "dtype": x.dtype, "decode": False}
+    layouts, names = [side.layout for side in sides], ("triton",)
+    if len(gate.full) > MAX_SET_EXPERTS and backend.library("lowrank", x) is not None:
+        names = ("native", "triton")
+    how = schedule.choose(layouts, T, **sizes, kernels=names)
     if how.own:
         return own_rows.forward(x, indices, weights, sides, how.own)
     bases = x @ gate.full[0].T, x @ up.full[0].T
     layer = Routed(x, indices, sides)
-    if how.route == "expert-major" and "full" not in how.ways and not down.has_extra_full:
+    if how.by_library:
         y = _by_library(layer, *bases, weights)
         if y is not None:
             return y, *bases
+        how = schedule.choose(layouts, T, **sizes)
     low, plan = layer.packed[2], layer.plan
     if how.all_fused:
         mixed, s_down = layer.hidden(*bases, weights, plan)
@@ -59,7 +64,7 @@ def _by_library(layer: Routed, gate_TF, up_TF, weights) -> Tensor | None:
     """y (T, D) of many experts of small ranks by the compiled library; None where it cannot."""
     factors = [(low.a, low.b, low.ranks) for low in layer.packed]
     kernels = backend.library("lowrank", layer.x)
-    if kernels is None or not kernels.serves(factors, layer.x, gate_TF, up_TF):
+    if not kernels.serves(factors, layer.x, gate_TF, up_TF):
         return None
     mixed, planes = kernels.hidden_sum(layer.x, gate_TF, up_TF, weights, layer.plan, *factors)
     w_DF = layer.sides[2].full[0]

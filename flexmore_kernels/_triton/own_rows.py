@@ -18,6 +18,7 @@ TFLOP/s, 3.0 TB/s): z 0.56 ms, h 1.50, s_down 0.75, s_down B_d^T 0.41, own rows 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,15 +37,23 @@ class Shared(NamedTuple):
     down: bool
 
 
-def _shared(sides: list[Projection]) -> Shared:
-    gate, up, down = (side.layout[1:] for side in sides)
-    return Shared(any(kind != FULL for kind in gate + up), any(kind != FULL for kind in down))
+def shared_of(layouts: Sequence[Sequence[int]]) -> Shared:
+    """By the layouts of gate, up and down."""
+    gate, up, down = ([kind != FULL for kind in layout[1:]] for layout in layouts)
+    return Shared(any(gate + up), any(down))
+
+
+def added_to_hidden(layouts: Sequence[Sequence[int]], own: Sequence[int]) -> list[int]:
+    """Own experts whose rows of h go through the base's down projection, in the hidden sum."""
+    shared, down = shared_of(layouts), layouts[2]
+    return [e for e in own if e == 0 and shared.down or down[e] != FULL]
 
 
 def forward(x, indices, weights, sides, own: tuple[int, ...]):
     """y (T, D); G and U (T, F), None where no expert shares them. `own`: who has own rows."""
-    shared = _shared(sides)
     gate, up, down = sides
+    layouts = [side.layout for side in sides]
+    shared = shared_of(layouts)
     F = gate.full[0].shape[0]
     # First, since it takes longest: what follows is launched while it runs.
     bases = (x @ gate.full[0].T, x @ up.full[0].T) if shared.hidden else (None, None)
@@ -52,7 +61,7 @@ def forward(x, indices, weights, sides, own: tuple[int, ...]):
     products = layer.hopper or backend.kernels("grouped_gemm", x)
     h_NF = x.new_empty(layer.plan.num_rows, F)
     _fill_hidden(layer, products, sides, bases, own, h_NF)
-    by_shared = [e for e in own if e == 0 and shared.down or down.layout[e] != FULL]
+    by_shared = added_to_hidden(layouts, own)
     rows = (h_NF, _slots_of(layer, by_shared)) if by_shared else None
     mixed = s_others = y = None
     if 0 not in own:

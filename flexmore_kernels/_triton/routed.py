@@ -18,10 +18,8 @@ from ..ragged import (
     packed_size,
     ranks_tensor,
 )
+from ..schedule import HOPPER_TOKENS
 from . import token_major
-
-HOPPER_TOKENS = 1024
-"""Fewer leave multiprocessors without one of the grouped GEMM's tiles, 128 x 256."""
 
 
 class Packed:
@@ -61,8 +59,9 @@ class Routed:
         self.lowrank = backend.kernels("lowrank", x)
         self.permutation = backend.kernels("permutation", x)
         self.mix = backend.kernels("gated_mix", x)
-        vectors = all(side.full[0].shape[1] % 8 == 0 for side in sides)
-        self.hopper = backend.hopper("grouped_gemm", x) if vectors else None
+        width, hidden = sides[0].full[0].shape
+        hopper = backend.hopper("grouped_gemm", x)
+        self.hopper = hopper if hopper is not None and hopper.serves(hidden, width) else None
 
     def shrink(self, x, a, ranks, gather=False, weights=None) -> Tensor:
         plan = self.plan
@@ -104,7 +103,9 @@ class Routed:
         low_gate, low_up, low_down = self.packed
         s_TR = self.x @ joined([low_gate.a, low_up.a], 0).T
         hopper = backend.hopper("token_major", gate_TF)
-        if hopper is not None and hopper.serves(gate_TF, self.sides, self.top_k if own else 0):
+        ranks = [side.ranks for side in self.sides]
+        rows_a_token = self.top_k if own else 0
+        if hopper is not None and hopper.serves(*gate_TF.shape, ranks, rows_a_token):
             return hopper.hidden(gate_TF, up_TF, weights, plan, s_TR, self.sides, *(own or ()))
         writes = tuple(int(rank > 0) for rank in low_down.ranks)
         factors = (low_gate.b, low_gate.ranks, low_up.b, low_up.ranks)

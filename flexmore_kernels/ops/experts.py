@@ -196,13 +196,12 @@ def _shares_base(layout) -> bool:
 
 def _decode(x, indices, weights, sides) -> Tensor | None:
     """y by the library's kernels for few tokens; None where they do not serve."""
-    kernels = backend.few_tokens(_kernels, x)
+    kernels = backend.library(_kernels, x)
     if kernels is None:
         return None
     how = schedule.choose(
         [side.layout for side in sides],
         x.shape[0],
-        top_k=indices.shape[1],
         hidden=x.shape[1],
         width=sides[0].full[0].shape[0],
         dtype=x.dtype,
