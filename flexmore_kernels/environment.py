@@ -1,9 +1,10 @@
 """What is here and what runs: the facts of `flexmore env`, made to be pasted into a bug report.
 
 Which kernels run an op is asked of backend.py, by the questions that the ops ask it themselves, so
-that the report cannot disagree with what runs; tests/test_environment.py compares the two. A
-question that cannot be answered leaves the reason in its place, and all the others their answers:
-reports are wanted most from machines where something is broken.
+that the report cannot disagree with what runs; tests/test_environment.py compares the two. What the
+library takes over for some sizes alone has rows of its own, which say the sizes. A question that
+cannot be answered leaves the reason in its place, and all the others their answers: reports are
+wanted most from machines where something is broken.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import importlib.metadata
 import platform
 import shutil
 import subprocess
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,9 @@ from typing import Any, NamedTuple
 import torch
 
 from . import __version__, backend, native
+from ._native import routing, token_major
+from .ragged import MAX_SET_EXPERTS
+from .schedule import DECODE_EXPERTS, DECODE_TOKENS, HOPPER_TOKENS, SWEPT_RANK
 
 
 class Op(NamedTuple):
@@ -52,6 +55,41 @@ EXPERTS_OTHERS = {
     "triton": ("routing", "permutation", "grouped_gemm", "lowrank", "gated_mix"),
 }
 """Stems whose kernels the experts' use, by the experts' own kernels."""
+
+
+class Part(NamedTuple):
+    """Forwards of some sizes of 16-bit floats on a GPU, by the library's kernels alone."""
+
+    op: str
+    which: str
+    stem: str
+    runs: str  # the function of backend.py that says whether
+    inside: tuple[str, ...]  # stems of the library's, where they are steps of Triton's forward
+    sizes: str
+
+
+PARTS = (
+    Part(
+        "topk_route from x", f", up to {DECODE_TOKENS} tokens", "routing", "library_runs", (),
+        f"up to {routing.MOST_EXPERTS_AT_ONCE} experts, D a multiple of 8",
+    ),
+    Part(
+        "experts", f", up to {DECODE_TOKENS} tokens", "experts", "library_runs", (),
+        f"no gradient, up to {DECODE_EXPERTS} experts, none but the base full-size, D and F "
+        "multiples of 8",
+    ),
+    Part(
+        "experts", " on Hopper, many tokens", "experts", "hopper_runs",
+        ("routing", "permutation", "grouped_gemm", "token_major"),
+        f"up to {MAX_SET_EXPERTS} experts, {HOPPER_TOKENS} tokens or more, D a multiple of 8, F of "
+        f"16, ranks up to {token_major.MOST_RANK} of at most {token_major.MOST_LOW_RANK} experts, "
+        f"or of {token_major.MOST_LOW_RANK_WITH_ROWS} beside larger ranks",
+    ),
+    Part(
+        "experts", f", E > {MAX_SET_EXPERTS}", "experts", "library_runs", ("routing", "lowrank"),
+        f"ranks up to {SWEPT_RANK}, none but the base full-size, D and F multiples of 8",
+    ),
+)  # fmt: skip
 
 
 def report() -> dict[str, Any]:
@@ -173,115 +211,44 @@ def kernels(kind: str) -> list[dict[str, Any]]:
                     "stem": op.stem,
                     "kernels": name,
                     "inside": {stem: backend.selected(stem, kind) for stem in others},
-                    "not": _why_not_others(op, kind, name, num_experts),
+                    "not": _why_not_others(op, kind, name),
                 }
             )
+        rows += _parts(op) if kind == "cuda" else []
     return rows
 
 
-def _why_not_others(op: Op, kind: str, name: str, num_experts: int) -> dict[str, str]:
+def _parts(op: Op) -> list[dict[str, Any]]:
+    """A row for each of the op's `PARTS` that runs on the current GPU."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    composed = backend.selected("experts", "cuda") == "triton"  # they are steps of its forward
+    return [
+        {
+            "op": op.name + part.which,
+            "stem": part.stem,
+            "kernels": "native",
+            "inside": dict.fromkeys(part.inside, "native"),
+            "not": _why_not_others(op, "cuda", "native"),
+            "sizes": f"16-bit floats, {part.sizes}",
+        }
+        for part in PARTS
+        if part.op == op.name
+        and (composed or not part.inside)
+        and getattr(backend, part.runs)(device, torch.bfloat16)
+    ]
+
+
+def _why_not_others(op: Op, kind: str, name: str) -> dict[str, str]:
     preference = backend.ON_GPU.get(op.function)
     reasons = {}
     for other in backend.NAMES:
         reason = backend.why_not(other, op.stem, kind)
         if other == name:
             continue
-        if reason is None and other == backend.chosen(op.stem, kind):
+        preferred = preference is not None and name == preference.name
+        if reason is None and preferred and other == backend.chosen(op.stem, kind):
             reason = f"{name} was measured faster: {preference.measured}"
         elif reason is None and kind == "cpu" and other == "triton":
             reason = "on a CPU in its interpreter, and only when asked for"
         reasons[other] = reason or f"{name} comes first where both are there"
     return reasons
-
-
-def as_text(found: dict[str, Any]) -> str:
-    """A report as plain text, for people and bug reports; long lines are wrapped."""
-    versions, library = found["versions"], found["library"]
-    commit = f", built at commit {versions['commit']}" if versions["commit"] else ""
-    cuda = versions["cuda_of_torch"]
-    lines = [
-        ("flexmore_kernels", versions["flexmore_kernels"] + commit),
-        ("", versions["path"]),
-        ("python", f"{versions['python']}, {versions['platform']}"),
-        ("torch", f"{versions['torch']}, {f'CUDA {cuda}' if cuda else 'a CPU build'}"),
-        ("triton", versions["triton"] or "not installed"),
-        ("processor", versions["processor"]),
-        ("driver", versions["driver"] or "no NVIDIA driver found"),
-    ]
-    lines += _gpu_lines(found["gpus"], library)
-    lines += _library_lines(library)
-    text = [_wrapped(f"{label:<18}{value}", 18) for label, value in lines]
-    for kind, rows in found["kernels"].items():
-        text += ["", *_kernel_lines(kind, rows)]
-    return "\n".join(text)
-
-
-def _gpu_lines(gpus: list[dict[str, Any]] | str, library: dict[str, Any] | str) -> list:
-    if isinstance(gpus, str):
-        return [("gpu", gpus)]
-    lines = []
-    for gpu in gpus:
-        lines.append(
-            (
-                f"gpu {gpu['index']}",
-                f"{gpu['name']}, compute capability {gpu['capability']}, {gpu['memory_gib']} GiB, "
-                f"{gpu['multiprocessors']} multiprocessors, "
-                f"{gpu['shared_memory_per_block_kib']} KiB shared memory a block",
-            )
-        )
-        has_cuda = not isinstance(library, str) and library["cuda_archs"]
-        if gpu["native"] != "runs" and has_cuda:
-            lines.append(("", f"library: {gpu['native']}"))
-    return lines or [("gpu", "none that torch can use")]
-
-
-def _library_lines(library: dict[str, Any] | str) -> list[tuple[str, str]]:
-    if isinstance(library, str):
-        return [("library", library)]
-    host = ("", "_host: built" if library["host"] else "_host: not built (only tests use it)")
-    if not library["loaded"]:
-        return [("library", str(library["why_not"])), host]
-    lines = [("library", "loaded")]
-    if library.get("compiler"):
-        lines.append(
-            (
-                "",
-                f"{library['compiler']},{library['flags'].rstrip()}, against torch "
-                f"{library['torch']}, by Python {library['python']}",
-            )
-        )
-    widths = library.get("vector_widths")
-    lines.append(
-        ("", f"CPU: {library['vector_width']} in use" + (f", of {widths}" if widths else ""))
-    )
-    if library["cuda_archs"]:
-        lines.append(("", f"CUDA: nvcc {library.get('nvcc', '?')} for {library['cuda_archs']}"))
-    if library["why_not_cuda"]:
-        lines.append(("", f"CUDA: {library['why_not_cuda']}"))
-    return [*lines, host]
-
-
-def _kernel_lines(kind: str, rows: list[dict[str, Any]] | str) -> list[str]:
-    if isinstance(rows, str):
-        return [_wrapped(f"kernels on {kind}: {rows}", 6)]
-    notes: dict[str, int] = {}
-    lines = [f"kernels on {kind}"]
-    for row in rows:
-        inside: dict[str, list[str]] = {}
-        for stem, name in row["inside"].items():
-            inside.setdefault(name, []).append(stem)
-        parts = "; ".join(f"{name}: {', '.join(stems)}" for name, stems in inside.items())
-        marks = []
-        for name, reason in row["not"].items():
-            number = notes.setdefault(f"not {name}: {reason}", len(notes) + 1)
-            marks.append(f"[{number}]")
-        lines.append(f"  {row['op']:<36}{row['kernels']:<8}{' '.join(marks)}")
-        if parts:
-            lines.append(f"    inside it {parts}")
-    return lines + [_wrapped(f"  [{n}] {reason}", 6) for reason, n in notes.items()]
-
-
-def _wrapped(line: str, indent: int) -> str:
-    return textwrap.fill(
-        line, 110, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
-    )

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-import json
-import subprocess
 import threading
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from flexmore_kernels import backend, cli, environment, native, ops
+from flexmore_kernels import backend, environment, ops
 from flexmore_kernels.testing import make_pair, make_weight, make_x
 from tests.common import some_ids
 
@@ -26,7 +24,8 @@ class Recorder(dict):
 
         def getattribute(function):
             def call(*args, **kwargs):
-                self.setdefault(stem, set()).add(name)
+                if not function.endswith(("serve", "serves")):  # which say whether, and run nothing
+                    self.setdefault(stem, set()).add(name)
                 return getattr(real, function)(*args, **kwargs)
 
             return call
@@ -87,6 +86,8 @@ def forward(op: str, device: str, num_experts: int):
 
 def check_rows(device: str, ran: Recorder) -> None:
     for row in environment.kernels(device):
+        if "sizes" in row:
+            continue  # below
         op, backward = row["op"].partition(",")[0], False
         num_experts = 70 if "E >" in row["op"] else 5
         if op.endswith(" backward"):
@@ -113,6 +114,64 @@ def test_what_is_said_of_chosen_kernels_runs(kernels, device, ran):
     check_rows(device, ran)
 
 
+def of_sizes(which: str, device: str):
+    """Forwards of sizes that a row of `environment.PARTS` names, and of sizes beyond them."""
+    tokens = {" on Hopper, many tokens": 1024, ", E > 8": 80}.get(which, 64)
+    experts = 12 if "E >" in which else 5
+    wide, long = 96, 128
+
+    def route(dtype=torch.bfloat16, tokens=tokens, experts=experts):
+        x = make_x(tokens, wide, device, dtype)
+        return ops.topk_route(x, make_weight(experts, wide, device).to(dtype), top_k=K)
+
+    def mix(dtype=torch.bfloat16, tokens=tokens, experts=experts, grad=False):
+        ids = some_ids(tokens, experts, K).to(device)
+        weights = torch.rand(tokens, K, device=device)
+        ranks = [0, *[3, 16, 0, 7, 32] * experts]
+        if "Hopper" in which:  # one of larger rank, one full-size, the others by token
+            ranks[2:4] = [80, "full"]
+        sides = []
+        for out, width in ((long, wide), (long, wide), (wide, long)):
+            full = make_weight(out, width, device).to(dtype)
+            kinds = {"full": full, 0: None}
+            pairs = [kinds[r] if r in kinds else make_pair(out, width, r, device) for r in ranks]
+            pairs = [tuple(t.to(dtype) for t in p) if isinstance(p, tuple) else p for p in pairs]
+            sides.append([full, *pairs[1:experts]])
+        x = make_x(tokens, wide, device, dtype).requires_grad_(grad)
+        return ops.experts(x, ids, weights, *sides)
+
+    return route, mix
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the library's part is on a GPU")
+@pytest.mark.parametrize("part", environment.PARTS, ids=lambda part: part.op + part.which)
+@pytest.mark.parametrize("name", ["", *backend.NAMES])
+def test_the_library_runs_the_sizes_that_are_said_and_no_others(part, name, ran):
+    def seen_of(call, **options):
+        ran.clear()
+        call(**options)
+        seen = {stem: set(names) for stem, names in ran.items()}
+        if part.inside and seen.get("experts") == {"triton"}:
+            del seen["experts"]  # composes the library's steps, launches nothing itself
+        return seen
+
+    with backend.use(name) if name else contextlib.nullcontext():
+        rows = {row["op"]: row for row in environment.kernels("cuda")}
+        row = rows.get(part.op + part.which)
+        with torch.no_grad():
+            route, mix = of_sizes(part.which, "cuda")
+            call = route if part.stem == "routing" else mix
+            seen, wide = seen_of(call), seen_of(call, dtype=torch.float32)
+            more = seen_of(call, tokens=65) if "up to" in part.which else {}
+    said = dict.fromkeys(part.inside or (part.stem,), {"native"})
+    assert (seen == said) == (row is not None)
+    if row is not None:
+        stems = {row["stem"]: row["kernels"]} if not part.inside else row["inside"]
+        assert seen == {stem: {kernels} for stem, kernels in stems.items()}
+    assert wide != said and more != said
+
+
 def test_every_op_is_reported():
     stems = {name: getattr(ops, name).__module__.rpartition(".")[2] for name in ops.__all__}
     with_kernels = {name for name, stem in stems.items() if stem in backend.STEMS}
@@ -128,173 +187,3 @@ def test_use_holds_in_other_threads():
         thread.start()
         thread.join()
     assert seen == ["aten"]
-
-
-class TestOnAGpu:
-    """What would be said on a machine with a GPU, from stand-ins for what it would find there."""
-
-    @pytest.fixture
-    def machine(self, monkeypatch):
-        def set_up(archs="80-real 90a-real", torch_cuda="13.0", runs=True, triton=True):
-            reason = None
-            if not archs:
-                reason = "no CUDA kernels in it: no nvcc was found when it was built"
-            elif not runs:
-                reason = f"no code in it for sm_75 (built for {archs})"
-            monkeypatch.setattr(native, "why_not_cuda_built", lambda: None if archs else reason)
-            monkeypatch.setattr(native, "cuda_archs", lambda: archs)
-            monkeypatch.setattr(native, "why_not_cuda", lambda index: reason)
-            monkeypatch.setattr(native, "cuda_runs_on", lambda device=None: reason is None)
-            monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-            monkeypatch.setattr(backend, "_triton_installed", lambda: triton)
-            backend._available.cache_clear()
-            return {row["op"]: row for row in environment.kernels("cuda")}
-
-        yield set_up
-        backend._available.cache_clear()
-
-    def test_measured_exceptions(self, machine):
-        rows = machine()
-        assert rows["permute"]["kernels"] == "native"
-        assert rows["permute"]["not"]["triton"].startswith("native comes first")
-        few, many = (rows[f"topk_route from x, E {limit}"] for limit in ("up to 64", "> 64"))
-        assert few["kernels"] == "triton" and many["kernels"] == "native"
-        assert "measured faster: 52 us" in few["not"]["native"]
-        assert rows["topk_route from logits"]["kernels"] == "native"
-        assert rows["experts"]["kernels"] == "triton"
-        assert rows["experts"]["inside"]["permutation"] == "native"
-        assert "no cuda kernels" in rows["experts"]["not"]["native"]
-
-    def test_without_nvcc(self, machine):
-        rows = machine(archs="")
-        assert {row["kernels"] for row in rows.values()} == {"triton"}
-        assert "no nvcc was found" in rows["make_plan"]["not"]["native"]
-        assert "only where Triton is missing" in rows["make_plan"]["not"]["aten"]
-
-    def test_without_code_for_this_gpu(self, machine):
-        assert "sm_75" in machine(runs=False)["permute"]["not"]["native"]
-
-    def test_without_triton(self, machine):
-        rows = machine(archs="", triton=False)
-        assert {row["kernels"] for row in rows.values()} == {"aten"}
-        assert rows["shrink"]["not"]["triton"] == "not installed"
-
-    def test_gpus_and_their_memory(self, machine, monkeypatch):
-        machine(runs=False)
-        properties = SimpleNamespace(
-            name="NVIDIA Tesla T4", major=7, minor=5, total_memory=16 * 2**30,
-            multi_processor_count=40, shared_memory_per_block_optin=64 * 1024,
-        )  # fmt: skip
-        self.cuda(monkeypatch, get_device_properties=lambda index: properties)
-        self.driver(monkeypatch, 12040)
-        text = environment.as_text(environment.report())
-        assert max(map(len, text.splitlines())) <= 110
-        text = " ".join(text.split())
-        assert "gpu 0 NVIDIA Tesla T4, compute capability 7.5, 16.0 GiB" in text
-        assert "64 KiB shared memory a block" in text and "up to CUDA 12.4" in text
-        assert "library: no code in it for sm_75" in text and "kernels on cuda" in text
-
-    def cuda(self, monkeypatch, **functions):
-        """A torch.cuda of one GPU that has no more than is public in torch 2.11."""
-        here = {
-            "is_available": lambda: True,
-            "device_count": lambda: 1,
-            "current_device": lambda: 0,
-        }
-        monkeypatch.setattr(torch, "cuda", SimpleNamespace(**(here | functions)))
-
-    def driver(self, monkeypatch, version, error=0):
-        def answer(at):
-            at._obj.value = version
-            return error
-
-        library = SimpleNamespace(cuDriverGetVersion=answer)
-        monkeypatch.setattr(environment.ctypes, "CDLL", lambda name: library)
-
-    @pytest.mark.parametrize(
-        ("version", "error", "words"), [(13000, 0, "13.0"), (12080, 0, "12.8"), (12080, 3, None)]
-    )
-    def test_the_driver_is_asked_without_torch(self, monkeypatch, version, error, words):
-        self.driver(monkeypatch, version, error)
-        assert environment._driver_cuda() == words
-        monkeypatch.setattr(environment, "_driver_number", lambda: "580.95.05")
-        cuda = f", up to CUDA {words}" if words else ""
-        assert environment._driver() == f"580.95.05{cuda}"
-
-    def test_a_machine_without_the_driver(self, monkeypatch):
-        def absent(name):
-            raise OSError(f"{name}: cannot open shared object file")
-
-        monkeypatch.setattr(environment.ctypes, "CDLL", absent)
-        monkeypatch.setattr(environment.shutil, "which", lambda name: None)
-        assert environment._driver() is None
-
-    def test_a_hung_nvidia_smi(self, monkeypatch):
-        def hang(command, timeout, **options):
-            raise subprocess.TimeoutExpired(command, timeout)
-
-        monkeypatch.setattr(environment.shutil, "which", lambda name: name)
-        monkeypatch.setattr(environment.subprocess, "run", hang)
-        assert environment._driver_number() is None
-
-    def test_what_torch_lacks_costs_its_own_line_only(self, machine, monkeypatch):
-        machine()
-        old = SimpleNamespace(name="NVIDIA X", major=9, minor=0, total_memory=2**30)
-        self.cuda(monkeypatch, get_device_properties=lambda index: old)
-        (gpu,) = environment.report()["gpus"]
-        assert gpu["name"] == "NVIDIA X" and gpu["memory_gib"] == 1.0
-        assert gpu["multiprocessors"].startswith("unknown (AttributeError: ")
-
-    @pytest.mark.parametrize(
-        ("module", "function", "section"),
-        [
-            (environment, "_driver", "driver"),
-            (environment, "_processor", "processor"),
-            (environment, "_gpus", "gpu"),
-            (environment, "_library", "library"),
-            (environment, "kernels", "kernels on cpu:"),
-            (native, "build_info", "library"),
-            (native, "why_not_cuda", "library:"),
-            (backend, "why_not", "kernels on cuda:"),
-        ],
-    )
-    def test_one_failure_leaves_the_rest(self, machine, monkeypatch, module, function, section):
-        machine()
-
-        def fail(*given):
-            raise RuntimeError("it broke")
-
-        self.cuda(monkeypatch, get_device_properties=lambda index: torch._C._no_such_thing())
-        monkeypatch.setattr(module, function, fail)
-        found = environment.report()
-        text = environment.as_text(json.loads(json.dumps(found)))
-        assert f"{section} unknown (RuntimeError: it broke)" in " ".join(text.split())
-        assert f"torch             {torch.__version__}" in text and "kernels on cuda" in text
-
-
-def test_text_and_json_say_the_same(capsys):
-    assert cli.main(["env", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert cli.main(["env"]) == 0
-    text = capsys.readouterr().out
-    assert text.rstrip("\n") == environment.as_text(found)
-    assert text.isascii() and "\x1b" not in text
-    assert text.startswith("flexmore_kernels  ")  # a column, not a sentence
-    text = " ".join(text.split())
-    for row in found["kernels"]["cpu"]:
-        assert f" {row['op']} {row['kernels']} " in text
-        for reason in row["not"].values():
-            assert reason in text
-    assert found["versions"]["torch"] == torch.__version__
-
-
-def test_a_library_that_is_not_there_is_reported(monkeypatch):
-    monkeypatch.setattr(native, "why_not", lambda: "not built: no C++ compiler")
-    monkeypatch.setattr(native, "facts", lambda: {"why_no_library": "no C++ compiler"})
-    backend._available.cache_clear()
-    try:
-        text = environment.as_text(environment.report())
-    finally:
-        backend._available.cache_clear()
-    assert "library           not built: no C++ compiler" in text
-    assert "not native: not built: no C++ compiler" in text

@@ -26,6 +26,7 @@ PLAN = (
         "checkpoint_layout",
         "checks",
         "counters",
+        "environment_text",
         "explain_text",
         "ragged",
         "shapes",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexmore_kernels import environment, native
+from flexmore_kernels import environment, environment_text, native
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no library: {native.why_not()}")
 
@@ -51,7 +51,7 @@ def test_everything_works_without_the_host_module(monkeypatch):
     monkeypatch.setitem(sys.modules, "flexmore_kernels._host", None)  # importing it raises
     assert native.host() is None and native.available()
     assert native.build_info()["host"] is False
-    assert "_host: not built" in environment.as_text(environment.report())
+    assert "_host: not built" in environment_text.as_text(environment.report())
 
 
 def _forget():
