@@ -19,16 +19,43 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit code: 0, 1 when a check failed, 2 for bad input."""
+    """Run one command; return its exit code: 0, 1 when a check or a timed call failed or the
+    memory did not suffice, 2 for bad input.
+    """
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)
     except (ValueError, TypeError, OSError) as error:
         print(f"flexmore {arguments.command}: {error}", file=sys.stderr)
         return MISUSED
+    except RuntimeError as error:
+        words = _failure(error)
+        if words is None:
+            raise
+        print(f"flexmore {arguments.command}: {words}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
+
+
+def _failure(error: RuntimeError) -> str | None:
+    """One line for a failure to be expected: what failed, what to do about it; None for others."""
+    import torch
+
+    from .timing import CallFailed
+
+    named = isinstance(error, CallFailed)
+    cause = error.__cause__ if named and error.__cause__ is not None else error
+    during = f" while the {error.name} was timed" if named else ""
+    lines = str(cause).strip().splitlines()
+    first = lines[0] if lines else "it gave no reason"
+    if isinstance(cause, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(cause):
+        return f"out of memory{during} ({first}): take fewer --tokens or smaller sizes"
+    if named:
+        kind = type(cause).__name__
+        return f"{kind}{during}: {first}; `flexmore env` prints what a bug report needs"
+    return None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,16 +82,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("shape", nargs="?", help="default: flexolmo_6x64 on cuda, else small")
     bench.add_argument("--list", action="store_true", help="the shapes by name")
-    bench.add_argument("--hidden", type=_positive, metavar="D", help="or a shape of your own:")
-    bench.add_argument("--intermediate", type=_positive, metavar="F")
-    bench.add_argument("--top-k", type=_positive, metavar="K")
     bench.add_argument(
-        "--ranks", nargs="+", metavar="R", help="of the experts beside the base: 64x6 16 0"
+        "--hidden",
+        type=_positive,
+        metavar="D",
+        help="D of a shape of your own (with the next three)",
     )
-    bench.add_argument("--tokens", type=_positive, nargs="+", metavar="T")
+    bench.add_argument(
+        "--intermediate", type=_positive, metavar="F", help="F, the width of an expert's FFN"
+    )
+    bench.add_argument(
+        "--top-k", type=_positive, metavar="K", help="experts that a token is sent to"
+    )
+    bench.add_argument(
+        "--ranks", nargs="+", metavar="R",
+        help="of the experts beside the base: 64x6 16 0 for six of 64, one of 16, a full-size one",
+    )  # fmt: skip
+    bench.add_argument(
+        "--tokens", type=_positive, nargs="+", metavar="T", help="T to time (default: the shape's)"
+    )
     bench.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     bench.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, else float32")
-    bench.add_argument("--prepare", action="store_true", help="after layer.prepare()")
+    bench.add_argument(
+        "--prepare", action="store_true", help="time the layer after layer.prepare()"
+    )
     bench.add_argument(
         "--explain", action="store_true", help="routes, ways, floors, stages, kernels"
     )
@@ -106,14 +147,14 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _bench(arguments: argparse.Namespace) -> int:
     import torch
 
-    from . import explain, explain_text
+    from . import backend, explain, explain_text
     from .shapes import SHAPES, parse
 
     if arguments.list:
         for name, shape in SHAPES.items():
             print(f"{name:<18}{shape.why}")
         return 0
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = backend.device_or_default(arguments.device)
     name, shape = parse(
         arguments.shape or ("flexolmo_6x64" if device == "cuda" else "small"),
         arguments.hidden, arguments.intermediate, arguments.ranks, arguments.top_k,
@@ -157,10 +198,10 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _env(arguments: argparse.Namespace) -> int:
-    from . import environment
+    from . import environment, environment_text
 
     found = environment.report()
-    print(json.dumps(found, indent=1) if arguments.json else environment.as_text(found))
+    print(json.dumps(found, indent=1) if arguments.json else environment_text.as_text(found))
     return 0
 
 

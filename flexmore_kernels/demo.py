@@ -61,10 +61,8 @@ def run(
 
     Raises ValueError or FileNotFoundError for a bad checkpoint or argument.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = backend.device_or_default(device)
     on_gpu = torch.device(device).type == "cuda"
-    if on_gpu and not torch.cuda.is_available():
-        raise ValueError("device: got 'cuda', but torch finds no NVIDIA GPU here; accepted: 'cpu'")
     dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
     tokens = tokens or (4096 if on_gpu else 256)
     with contextlib.ExitStack() as stack:

@@ -61,8 +61,13 @@ def parse(
 
 
 def _repeated(text: str) -> list[int]:
-    rank, _, count = text.partition("x")
+    rank, times, count = text.partition("x")
     try:
-        return [int(rank)] * int(count or 1)
+        repeats = int(count) if times else 1
+        if repeats >= 1:
+            return [int(rank)] * repeats
     except ValueError:
-        raise ValueError(f'--ranks: got {text!r}; accepted: a rank, or "64x6"') from None
+        pass
+    raise ValueError(
+        f'--ranks: got {text!r}; accepted: a rank, or "64x6" for six of 64, the count >= 1'
+    )
