@@ -172,6 +172,39 @@ def test_the_library_runs_the_sizes_that_are_said_and_no_others(part, name, ran)
     assert wide != said and more != said
 
 
+@pytest.mark.parametrize(
+    "part", [part for part in environment.PARTS if part.stem == "experts"], ids=lambda p: p.which
+)
+def test_forwards_ask_the_library_for_the_sizes_that_are_said(part, ran, monkeypatch):
+    """Without a GPU: the forward asks as it does there, and the library's kernels do nothing."""
+    pytest.importorskip("triton")
+    nothing = {
+        "decode": lambda x, *_: x,
+        "hidden_sum": lambda x, gate, *_: (gate, None),
+        "add_down": lambda base, *_: base.bfloat16(),
+        "hidden": lambda gate, up, weights, plan, s, sides, *_: (
+            gate, s.new_zeros(len(gate), sum(sides[2].padded_ranks(16)))
+        ),
+        "sum_rows": lambda *_: None,
+        "gated_rows": lambda *_: None,
+    }  # fmt: skip
+    for stem in ("experts", "lowrank", "token_major", "grouped_gemm"):
+        module = importlib.import_module(f"flexmore_kernels._native.{stem}")
+        for name in set(vars(module)) & set(nothing):
+            monkeypatch.setattr(module, name, nothing[name])
+    chosen, narrow = backend.chosen, lambda device, dtype: dtype == torch.bfloat16
+    own = lambda stem, device: "triton" if stem == "experts" else chosen(stem, device)
+    monkeypatch.setattr(backend, "chosen", own)
+    monkeypatch.setattr(backend, "library_runs", narrow)
+    monkeypatch.setattr(backend, "hopper_runs", narrow)
+    with torch.no_grad():
+        of_sizes(part.which, "cpu")[1]()
+    by_library = {stem for stem, names in ran.items() if "native" in names}
+    assert by_library | {"routing", "permutation"} >= set(part.inside or ("experts",))
+    assert by_library <= set(part.inside or ("experts",)), "or more should be said"
+    assert {stem for stem, names in ran.items() if "triton" in names} <= {"experts"}
+
+
 def test_every_op_is_reported():
     stems = {name: getattr(ops, name).__module__.rpartition(".")[2] for name in ops.__all__}
     with_kernels = {name for name, stem in stems.items() if stem in backend.STEMS}

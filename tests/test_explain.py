@@ -123,7 +123,7 @@ def explained(ranks, tokens, kernels=("native", "triton"), on_hopper=True, **siz
     decode = "native" in kernels
     how = schedule.choose(layouts, tokens, **sizes, kernels=kernels, decode=decode)
     found = explain.served(
-        how, layouts, tokens, sizes["hidden"], sizes["width"], on_hopper and decode
+        how, layouts, tokens, 5, sizes["hidden"], sizes["width"], on_hopper and decode
     )
     entries = enumerate(zip(how.ways, zip(*layouts, strict=True), strict=True))
     one = {
