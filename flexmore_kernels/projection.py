@@ -24,6 +24,19 @@ FULL = -1
 """Layout entry of an expert with a full-size weight; 0 means no delta, r > 0 a rank."""
 
 
+class Shared(NamedTuple):
+    """What experts besides 0 use of the base."""
+
+    hidden: bool  # G and U
+    down: bool
+
+
+def shared_of(layouts: Sequence[Sequence[int]]) -> Shared:
+    """By the layouts of gate, up and down."""
+    gate, up, down = ([kind != FULL for kind in layout[1:]] for layout in layouts)
+    return Shared(any(gate + up), any(down))
+
+
 def _kept(function: Callable) -> Callable:
     """An lru_cache, since a layer of 512 experts asks for its ranks dozens of times a call; but not
     for torch.compile, which does not trace through one.

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 
-from .projection import FULL
+from .projection import FULL, shared_of
 from .ragged import MAX_SET_EXPERTS
 
 DECODE_TOKENS = 64
@@ -155,5 +155,4 @@ def _mixed_ways(layouts: tuple[tuple[int, ...], ...]) -> tuple[str, ...]:
         small = "fused" if any(entries[:2]) else "base"
         large = "grouped" if max(entries) > FUSED_RANK else small
         ways.append("full" if FULL in entries else large)
-    shared = [any(kind != FULL for kind in side[1:]) for side in layouts]
-    return ("base" if (shared[0] or shared[1]) and shared[2] else "full", *ways)
+    return ("base" if all(shared_of(layouts)) else "full", *ways)

@@ -19,28 +19,14 @@ TFLOP/s, 3.0 TB/s): z 0.56 ms, h 1.50, s_down 0.75, s_down B_d^T 0.41, own rows 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import backend
-from ..projection import FULL, RANK_MULTIPLE, Projection
+from ..projection import FULL, RANK_MULTIPLE, Projection, shared_of
 from ..ragged import SEGMENT, TOKEN, RoutingPlan, RowProducts, Term, ranks_tensor
 from .routed import Routed, mm
-
-
-class Shared(NamedTuple):
-    """What experts besides 0 use of the base."""
-
-    hidden: bool  # G and U
-    down: bool
-
-
-def shared_of(layouts: Sequence[Sequence[int]]) -> Shared:
-    """By the layouts of gate, up and down."""
-    gate, up, down = ([kind != FULL for kind in layout[1:]] for layout in layouts)
-    return Shared(any(gate + up), any(down))
 
 
 def added_to_hidden(layouts: Sequence[Sequence[int]], own: Sequence[int]) -> list[int]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import backend, schedule
 from ..checks import FLOATS, check_ids, check_ranks, check_tensor, check_weights, checks_values
 from ..library import define
-from ..projection import FULL, Projection, flatten, unflatten
+from ..projection import FULL, Projection, flatten, shared_of, unflatten
 from ..ragged import StackedFactors
 from ..slow_paths import contiguous
 
@@ -189,9 +189,8 @@ def _experts(x, indices, weights, tensors, layout, stacked, saves):
 
 def _shares_base(layout) -> bool:
     """Whether an expert besides 0 uses the base's gate and up, so that G and U are saved."""
-    num_experts = len(layout) // 3
-    gate, up = layout[1:num_experts], layout[num_experts + 1 : 2 * num_experts]
-    return num_experts == 1 or any(kind != FULL for kind in (*gate, *up))
+    E = len(layout) // 3
+    return E == 1 or shared_of((layout[:E], layout[E : 2 * E], layout[2 * E :])).hidden
 
 
 def _decode(x, indices, weights, sides) -> Tensor | None:
