@@ -6,7 +6,7 @@
 // alone, not on the tokens: a token gets the same bits in any company.
 #pragma once
 
-#include "schedule.h"
+#include "launch.h"
 
 namespace flexmore::cuda::decode {
 

@@ -1,4 +1,4 @@
-// flexmore_kernels._host: the launch arithmetic of schedule.h and the facts of the build, for tests
+// flexmore_kernels._host: the launch arithmetic of launch.h and the facts of the build, for tests
 // and bug reports. Without torch. Nothing needs this module, which (unlike _C) fits one Python
 // version; the wheels leave it out.
 #include <pybind11/pybind11.h>
@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "decode_plan.h"
-#include "schedule.h"
+#include "launch.h"
 
 namespace py = pybind11;
 using namespace flexmore::cuda;

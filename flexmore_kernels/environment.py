@@ -71,7 +71,7 @@ class Part(NamedTuple):
 PARTS = (
     Part(
         "topk_route from x", f", up to {DECODE_TOKENS} tokens", "routing", "library_runs", (),
-        f"up to {routing.MOST_EXPERTS_AT_ONCE} experts, D a multiple of 8",
+        f"up to {routing.MOST_EXPERTS_FEW_TOKENS} experts, D a multiple of 8",
     ),
     Part(
         "experts", f", up to {DECODE_TOKENS} tokens", "experts", "library_runs", (),
@@ -86,7 +86,8 @@ PARTS = (
         f"or of {token_major.MOST_LOW_RANK_WITH_ROWS} beside larger ranks",
     ),
     Part(
-        "experts", f", E > {MAX_SET_EXPERTS}", "experts", "library_runs", ("routing", "lowrank"),
+        "experts", f", E > {MAX_SET_EXPERTS}", "experts", "library_runs",
+        ("routing", "expert_major"),
         f"ranks up to {SWEPT_RANK}, none but the base full-size, D and F multiples of 8",
     ),
 )  # fmt: skip

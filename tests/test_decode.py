@@ -1,6 +1,6 @@
 """The forward for few tokens without a gradient: the compiled library's CUDA kernels.
 
-What they are sent is chosen by `schedule` (test_schedule_choice.py); here they run, on a GPU.
+What they are sent is chosen by `schedule` (test_schedule.py); here they run, on a GPU.
 """
 
 from __future__ import annotations

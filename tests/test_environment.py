@@ -188,7 +188,7 @@ def test_forwards_ask_the_library_for_the_sizes_that_are_said(part, ran, monkeyp
         "sum_rows": lambda *_: None,
         "gated_rows": lambda *_: None,
     }  # fmt: skip
-    for stem in ("experts", "lowrank", "token_major", "grouped_gemm"):
+    for stem in ("experts", "expert_major", "token_major", "grouped_gemm"):
         module = importlib.import_module(f"flexmore_kernels._native.{stem}")
         for name in set(vars(module)) & set(nothing):
             monkeypatch.setattr(module, name, nothing[name])

@@ -60,7 +60,7 @@ class TestOnAGpu:
             "experts on Hopper, many tokens", "experts, E > 8",
         }  # fmt: skip
         assert {row["kernels"] for row in parts.values()} == {"native"}
-        assert set(parts["experts, E > 8"]["inside"]) == {"routing", "lowrank"}
+        assert set(parts["experts, E > 8"]["inside"]) == {"routing", "expert_major"}
         order = list(rows)
         assert order.index("experts, E > 8") + 1 == order.index("experts backward")
         text = environment_text.as_text(

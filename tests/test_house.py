@@ -98,10 +98,13 @@ def test_every_layer_has_its_seats(stem):
 
 def test_no_kernel_without_an_op():
     """Every file of a folder of kernels has an op's stem, or helps one that does, or has the stem
-    of one that helps in another folder."""
+    of one that helps in another folder, or is asked for by its stem there (`backend.library`)."""
     helpers = set()
     for folder in PRIVATE:
         for path in (PACKAGE / folder).glob("*.py"):
+            asked = set(re.findall(r"backend\.(?:library|hopper)\(\"(\w+)\"", path.read_text()))
+            assert [stem for stem in asked if not (PACKAGE / f"_native/{stem}.py").exists()] == []
+            helpers |= asked
             helpers |= {module.split(".")[2] for module, _ in imports(path)
                         if module.startswith(f"flexmore_kernels.{folder}.")}  # fmt: skip
     for folder in PRIVATE:

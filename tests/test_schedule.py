@@ -1,129 +1,128 @@
-"""How CUDA kernels are launched, for any size and without a GPU: csrc/schedule.h, by `_host`."""
+"""flexmore_kernels/schedule.py: the way of each expert, from sizes alone."""
 
 from __future__ import annotations
 
-import itertools
-import random
-
 import pytest
+import torch
 
-from flexmore_kernels import native
-
-host = native.host()
-pytestmark = pytest.mark.skipif(host is None, reason="_host was not built for this Python")
-
-LARGEST = 2**31 - 1  # slots: rows are numbered in 32 bits
-SHARED_BYTES = 48 * 1024  # of a block, on every GPU, without asking for more
-MAX_KEYS, MAX_SET_EXPERTS = 1024, 8
-MAX_COUNTS = 32768  # all blocks read all of them, from the L2 cache
-BLOCKS = (1, 20, 108, 132, 1000)  # that run at a time: a small GPU, two large ones, none yet
-KEYS = [(e, False) for e in (1, 2, 7, 8, 9, 64, 255, 256, 257, 511, 512, 1000, MAX_KEYS)]
-KEYS += [(e, True) for e in range(1, MAX_SET_EXPERTS + 1)]
-
-
-def some_tokens(top_k: int) -> list[int]:
-    """The edges of one block and of a chunk, the largest, and numbers of every magnitude."""
-    most = LARGEST // top_k
-    draw = random.Random(top_k)
-    edges = [size // top_k + by for size in (512, 4096, 128 * 512) for by in (-1, 0, 1)]
-    drawn = [int(2 ** draw.uniform(0, 31)) // top_k for _ in range(200)]
-    return sorted({n for n in (0, 1, *edges, most - 1, most, *drawn) if 0 <= n <= most})
-
-
-@pytest.mark.parametrize("top_k", (1, 2, 5, 8, 100, 511, 512, 513, 1024, 5000))
-def test_plan_blocks_cover_all_tokens_and_fit(top_k):
-    for num_experts, by_set in KEYS:
-        sets = 2**num_experts if by_set else 0
-        keys = max(num_experts, sets)
-        padded, quads = keys + -keys % 4, (keys + 3) // 4
-        for tokens, blocks in itertools.product(some_tokens(top_k), BLOCKS):
-            given = (tokens, top_k, num_experts, by_set, blocks)
-            launch = host.plan_launch(*given)
-            chunk, chunks = launch["chunk_tokens"], launch["num_chunks"]
-            # Each token is in one chunk, no chunk is empty, and all run at a time.
-            assert 1 <= chunks <= min(128, blocks), given
-            assert (chunks - 1) * chunk < max(tokens, 1) and tokens <= chunks * chunk, given
-            assert launch["one_block"] == (tokens * top_k <= 4096 or blocks == 1), given
-            assert not launch["one_block"] or chunks == 1, given
-            threads = 32 * launch["warps"]
-            assert 32 <= threads <= 1024, given
-            # counts[warp][key] of experts and of sets, starts[key + 1], and what a block sums of
-            # other chunks: of each key two sums, by each of the threads that share four keys.
-            sums = 0 if launch["one_block"] else 2 * max(1, threads // quads) * padded
-            words = launch["warps"] * (num_experts + sets) + keys + 1 + sums
-            assert launch["shared_bytes"] == 4 * words <= SHARED_BYTES, given
-            counted = sum(n + -n % 4 for n in (num_experts, sets))
-            counts = 0 if launch["one_block"] else chunks * counted
-            assert launch["counts"] == counts <= MAX_COUNTS, given
-
-
-def test_plan_uses_many_blocks_where_there_is_work():
-    """At the largest size measured; a block with less than 512 slots is not worth its launch."""
-    assert host.plan_launch(16384, 5, 7, True, 132)["num_chunks"] == 128
-    assert host.plan_launch(1000, 5, 7, True, 132)["num_chunks"] == 10
-
-
-@pytest.mark.parametrize(
-    ("given", "name"),
-    [
-        ((1, 0, 4, False, 1), "top_k"),
-        ((-1, 2, 4, False, 1), "tokens"),
-        ((LARGEST, 2, 4, False, 1), "tokens"),
-        ((1, 2, 0, False, 1), "num_experts"),
-        ((1, 2, MAX_KEYS + 1, False, 1), "num_experts"),
-        ((1, 2, MAX_SET_EXPERTS + 1, True, 1), "num_experts"),
-        ((1, 2, 4, False, 0), "max_blocks"),
-    ],
+from flexmore_kernels import schedule
+from flexmore_kernels.projection import FULL
+from flexmore_kernels.ragged import MAX_SET_EXPERTS
+from flexmore_kernels.schedule import (
+    DECODE_EXPERTS,
+    DECODE_TOKENS,
+    FUSED_RANK,
+    OWN_TOKENS,
+    SWEPT_RANK,
 )
-def test_sizes_that_make_plan_refuses(given, name):
-    with pytest.raises(ValueError, match=f"{name}: got .*; accepted: "):
-        host.plan_launch(*given)
+
+BOTH = ("native", "triton")
+
+SIZES = {"hidden": 4096, "width": 11008, "dtype": torch.bfloat16}
 
 
-# Shared memory and L2 of compute capability 9.0, 8.0 and 8.9; bytes of a tile, of an expert's
-# factors in two slabs and of G and U that run ahead, at rank 16 and 64.
-GPUS = ((132, 232192, 52428800), (108, 166656, 41943040), (24, 101120, 25165824))
-TILES = ((8, 2128, 12320, 65536), (4, 8272, 49184, 32768), (8, 592, 4128, 0))
+def choose(*entries, tokens=4096, **options):
+    """Of experts given as a rank, `FULL`, or a triple of them; the base is put before."""
+    triples = [entry if isinstance(entry, tuple) else (entry,) * 3 for entry in (FULL, *entries)]
+    return schedule.choose(list(zip(*triples, strict=True)), tokens, **SIZES | options)
 
 
-@pytest.mark.parametrize("gpu", GPUS)
-@pytest.mark.parametrize("tile", TILES)
-def test_sweeps_cover_all_tiles_and_fit(gpu, tile):
-    (blocks, shared, l2), (formers, *sizes) = gpu, tile
-    for tokens, top_k, experts, width in itertools.product(
-        (1, 7, 64, 500, 4096, 16384, 70000), (1, 8), (9, 64, 512, 1024), (8, 520, 5504)
+def test_few_experts_of_small_ranks_are_fused():
+    how = choose(1, 0, FUSED_RANK, (16, 0, 0), (0, 0, 16))
+    assert how.route == "token-major" and how.all_fused and how.dense_down
+    assert how.ways == ("base", "fused", "base", "fused", "fused", "base")
+
+
+def test_a_larger_rank_has_rows_of_its_own():
+    how = choose(FUSED_RANK + 1, 16, (0, 0, FUSED_RANK + 1), 0)
+    assert how.ways == ("base", "grouped", "fused", "grouped", "base") and how.own == (1, 3)
+    assert not how.all_fused and how.dense_down
+
+
+def test_with_few_tokens_all_go_one_way():
+    how = choose(FUSED_RANK + 1, 16, tokens=OWN_TOKENS - 1)
+    assert how.ways == ("base", "grouped", "grouped") and how.own == () and how.dense_down
+    assert choose(FUSED_RANK + 1, 16, tokens=OWN_TOKENS).own == (1,)
+
+
+@pytest.mark.parametrize("entry", [FULL, (FULL, 16, 16), (16, FULL, 0), (16, 16, FULL)])
+def test_a_full_size_expert_is_full(entry):
+    how = choose(entry, 16)
+    assert how.ways == ("base", "full", "fused") and how.own == (1,) and not how.all_fused
+
+
+@pytest.mark.parametrize("entry", [FULL, (FULL, FULL, 16), (FULL, FULL, 0), (16, 16, FULL)])
+def test_a_base_that_none_shares_is_an_expert_as_others(entry):
+    how = choose(entry, entry)
+    assert how.ways == ("full",) * 3 and how.own == (0, 1, 2)
+
+
+def test_a_full_size_down_is_not_one_dense_product():
+    how = choose((16, 16, FULL), tokens=OWN_TOKENS - 1)
+    assert how.ways == ("base", "grouped") and not how.dense_down
+
+
+def test_a_full_size_down_alone_needs_rows_of_its_own():
+    how = choose((0, 0, FULL), (0, 0, 16), tokens=OWN_TOKENS - 1)
+    assert how.ways == ("base", "grouped", "base") and not how.all_fused and not how.dense_down
+
+
+def test_many_experts_are_expert_major():
+    most = choose(*[16] * (MAX_SET_EXPERTS - 1))
+    more = choose(*[16] * MAX_SET_EXPERTS)
+    assert (most.route, more.route) == ("token-major", "expert-major")
+    assert not more.all_fused and not more.dense_down and set(more.ways) == {"base", "grouped"}
+
+
+def test_decode_needs_the_library_few_tokens_and_no_backward():
+    routes = [
+        choose(16, tokens=tokens, kernels=kernels, decode=decode).route
+        for tokens, kernels, decode in (
+            (DECODE_TOKENS, BOTH, True),
+            (DECODE_TOKENS + 1, BOTH, True),
+            (DECODE_TOKENS, BOTH, False),
+            (DECODE_TOKENS, ("triton",), True),
+        )
+    ]
+    assert routes == ["decode", "token-major", "token-major", "token-major"]
+
+
+@pytest.mark.parametrize("names", [BOTH, ("native",)])
+def test_decode_fuses_every_rank(names):
+    most = (16, *[0] * (DECODE_EXPERTS - 3), 2048)
+    for entries in ((1, 4, 8, 64, 256, 2048), most, ((0, 0, 7), (16, 0, 0), (0, 0, 0))):
+        how = choose(*entries, tokens=16, kernels=names)
+        assert how.route == "decode" and how.by_library and how.own == () and not how.dense_down
+        ways = ["fused" if any(e if isinstance(e, tuple) else (e,)) else "base" for e in entries]
+        assert how.ways == ("base", *ways)
+
+
+@pytest.mark.parametrize("other", [FULL, (16, 16, FULL)])
+def test_decode_has_no_full_size_expert(other):
+    assert choose(16, other, tokens=16, kernels=BOTH).route == "token-major"
+
+
+def test_many_experts_of_small_ranks_are_fused_by_the_library():
+    small = [SWEPT_RANK, 1, (0, 0, 8), 0, *[16] * MAX_SET_EXPERTS]
+    how = choose(*small, kernels=BOTH)
+    assert how.route == "expert-major" and how.by_library and not how.all_fused
+    assert how.ways == ("base", "fused", "fused", "fused", "base", *["fused"] * MAX_SET_EXPERTS)
+    assert choose(*small, kernels=BOTH, tokens=16, decode=False) == how
+    for larger, options in (
+        ((SWEPT_RANK + 1,), {}),
+        (((0, 0, SWEPT_RANK + 1),), {}),
+        ((FULL,), {}),
+        (((4, 4, FULL),), {}),
+        ((), {"kernels": ("triton",)}),
+        ((), {"dtype": torch.float32}),
+        ((), {"hidden": 4100}),
+        ((), {"width": 11004}),
     ):
-        given = [tokens, top_k, experts, width, blocks, formers, shared, l2, *sizes]
-        launch = host.sweep_launch(given)
-        groups, passes = launch["groups"], launch["passes"]
-        assert 1 <= groups <= min(blocks, -(-width // 64)), given
-        assert launch["steps"] * groups * 64 >= width and 1 <= launch["slots"] <= 3, given
-        assert launch["shared_bytes"] <= shared, given
-        rows = -(-tokens // passes) * top_k
-        busy = min(rows, experts)
-        warps = blocks // groups * formers
-        assert launch["tiles_per_warp"] * warps >= busy + (rows - busy) // 16, given
-        assert launch["slots"] == launch["steps"] or launch["slots"] == 3, given
+        how = choose(*small, *larger, **{"kernels": BOTH} | options)
+        assert how.route == "expert-major" and not how.by_library and "fused" not in how.ways
 
 
-@pytest.mark.parametrize("per_thread", (1, 2))
-def test_row_blocks_cover_the_row_and_fit(per_thread):
-    for words in (*range(1, 2100), 4096, 5504, 11008, 2**20 + 1, 2**31, 2**40):
-        launch = host.row_launch(words, per_thread)
-        threads, columns = launch["threads"], launch["columns"]
-        assert threads % 32 == 0 and 32 <= threads <= 256, words
-        assert (columns - 1) * threads * per_thread < words <= columns * threads * per_thread, words
-        assert threads == 256 or columns == 1, words
-        assert threads == 32 or (threads - 32) * per_thread < words, "a warp has nothing to do"
-
-
-@pytest.mark.parametrize("given", [(0, 1), (1, 0), (-1, 1)])
-def test_rows_of_nothing_are_refused(given):
-    with pytest.raises(ValueError, match="(words|per_thread): got"):
-        host.row_launch(*given)
-
-
-def test_the_build_facts_agree():
-    facts = native.facts()
-    assert host.build_info() == {name: facts[name] for name in host.build_info()}
-    assert set(host.build_info()) > {"compiler", "nvcc", "commit"}
+def test_plain_pytorch_loops():
+    how = choose(16, FULL, 0, kernels=("aten",), tokens=1)
+    assert how.route == "loop" and how.ways == ("base", "grouped", "full", "base")
+    assert not how.all_fused and not how.dense_down

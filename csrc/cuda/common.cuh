@@ -13,7 +13,7 @@
 #include <algorithm>
 
 #include "../common.h"
-#include "../schedule.h"
+#include "../launch.h"
 
 extern "C" __attribute__((weak)) AOTITorchError
 aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);

@@ -13,7 +13,7 @@
 // With several chunks, each block counts its own, waits for all others (a cooperative launch: one
 // launch less, and the ids and counts stay at hand) and sums what the chunks before it have
 // counted. All blocks read all counts, from the L2 cache: kMaxCounts bounds them. How many blocks
-// and warps: plan_launch in schedule.h.
+// and warps: plan_launch in launch.h.
 #pragma once
 
 #include <cooperative_groups.h>

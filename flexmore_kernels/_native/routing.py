@@ -10,7 +10,7 @@ from ..schedule import DECODE_TOKENS
 
 _ops = torch.ops.flexmore_native
 _SCORINGS = {"softmax": 0, "sigmoid": 1, "unit": 2}  # as in csrc/common.h
-MOST_EXPERTS_AT_ONCE = 32
+MOST_EXPERTS_FEW_TOKENS = 32
 """Of the launch that routes few tokens from x."""
 
 
@@ -33,7 +33,7 @@ def few_serve(x_TD: Tensor, weight_ED: Tensor) -> bool:
         x_TD.is_cuda
         and x_TD.dtype in (torch.bfloat16, torch.float16)
         and 0 < x_TD.shape[0] <= DECODE_TOKENS
-        and weight_ED.shape[0] <= MOST_EXPERTS_AT_ONCE
+        and weight_ED.shape[0] <= MOST_EXPERTS_FEW_TOKENS
         and x_TD.shape[1] % 8 == 0
         and x_TD.data_ptr() % 16 == 0
         and weight_ED.data_ptr() % 16 == 0

@@ -1,4 +1,4 @@
-"""The middle of a token-major forward on Hopper in the compiled library: csrc/cuda/token_mix.cu."""
+"""The middle of a token-major forward on Hopper in the library: csrc/cuda/token_major.cu."""
 
 from __future__ import annotations
 

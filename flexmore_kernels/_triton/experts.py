@@ -8,7 +8,7 @@ a copy of the factors, a few percent of the base's bytes, never of the base. The
     delta = B_d A_d h (shrink, expand)  ->  y = W_d mixed + sum_e p_e delta_e (cuBLAS, unpermute)
 
 where W_d mixed stays in float32 until the deltas are added. Of many experts of small ranks the
-compiled library does both lines, but for the product with W_d (csrc/cuda/gated_mix.cu). With few
+compiled library does both lines, but for the product with W_d (csrc/cuda/expert_major.cu). With few
 experts the last line, but for its shrink, is token-major (token_major.py), and with small ranks the
 first one too; with many tokens, experts of large ranks and full-size ones then have rows of their
 own (own_rows.py). Else full-size experts fill their rows by grouped_gemm.
@@ -31,7 +31,7 @@ def forward(x, indices, weights, sides) -> tuple[Tensor, Tensor | None, Tensor |
     (T, D), F = x.shape, gate.full[0].shape[0]
     sizes = {"hidden": D, "width": F, "dtype": x.dtype, "decode": False}
     layouts, names = [side.layout for side in sides], ("triton",)
-    if len(gate.full) > MAX_SET_EXPERTS and backend.library("lowrank", x) is not None:
+    if len(gate.full) > MAX_SET_EXPERTS and backend.library("expert_major", x) is not None:
         names = ("native", "triton")
     how = schedule.choose(layouts, T, **sizes, kernels=names)
     if how.own:
@@ -63,7 +63,7 @@ def forward(x, indices, weights, sides) -> tuple[Tensor, Tensor | None, Tensor |
 def _by_library(layer: Routed, gate_TF, up_TF, weights) -> Tensor | None:
     """y (T, D) of many experts of small ranks by the compiled library; None where it cannot."""
     factors = [(low.a, low.b, low.ranks) for low in layer.packed]
-    kernels = backend.library("lowrank", layer.x)
+    kernels = backend.library("expert_major", layer.x)
     if not kernels.serves(factors, layer.x, gate_TF, up_TF):
         return None
     mixed, planes = kernels.hidden_sum(layer.x, gate_TF, up_TF, weights, layer.plan, *factors)

@@ -137,7 +137,7 @@ BUGS = (
     Bug(
         "experts of a tile on all of its tokens",
         "Tiles hold tokens of like expert sets, not of one: at a border some did not choose it.",
-        "csrc/cuda/token_mix.cuh",
+        "csrc/cuda/token_major.cuh",
         "if (!(whole >> e & 1)) {",
         "if (false) {",
         "tests/test_token_major.py -k 'hopper and cuda'",

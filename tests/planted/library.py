@@ -49,9 +49,9 @@ BUGS = (
     Bug(
         "more chunks than a plan may have",
         "T / 128 rounds down; 16384 tokens, and every power of two, are cut right.",
-        "csrc/schedule.h",
+        "csrc/launch.h",
         "std::max(ceil_div(tokens, max_chunks), ceil_div(kChunkSlots, top_k))",
         "std::max(tokens / max_chunks, ceil_div(kChunkSlots, top_k))",
-        "tests/test_schedule.py",
+        "tests/test_launch.py",
     ),
 )

@@ -8,7 +8,7 @@
 //
 // A block has 128 rows of one expert and 32 or 64 columns of z. What it multiplies comes by
 // cp.async, two steps of 64 columns ahead, whole lines at a time.
-#include "rows.cuh"
+#include "expert_major_rows.cuh"
 
 namespace flexmore::cuda {
 namespace {

@@ -1,5 +1,5 @@
 // How the CUDA kernels are cut into blocks: plain arithmetic, without CUDA or torch, so that
-// tests/test_schedule.py can check it for any size without a GPU (host.cpp hands it to Python).
+// tests/test_launch.py can check it for any size without a GPU (host.cpp hands it to Python).
 #pragma once
 
 #include <algorithm>
@@ -94,7 +94,7 @@ inline RowLaunch row_launch(int64_t words, int64_t per_thread) {
     return {threads, ceil_div(words, per_thread * threads)};
 }
 
-// ---- many experts: rows are formed and summed in slabs of columns (gated_mix.cu).
+// ---- many experts: rows are formed and summed in slabs of columns (expert_major.cu).
 
 constexpr int kSweepSlab = 64;      // columns
 constexpr int64_t kSweepSlots = 3;  // slabs of rows that are kept

@@ -1,8 +1,8 @@
 // Rows of many experts, formed and summed per token in one persistent kernel. Included by
-// gated_mix.cu only, which says what it computes and why it is made so.
+// expert_major.cu only, which says what it computes and why it is made so.
 #pragma once
 
-#include "rows.cuh"
+#include "expert_major_rows.cuh"
 
 namespace flexmore::cuda {
 namespace {

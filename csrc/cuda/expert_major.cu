@@ -20,7 +20,7 @@
 // fit in L2, and several groups of blocks with slabs of their own, where rows are few.
 #include <tuple>
 
-#include "sweep.cuh"
+#include "expert_major_sweep.cuh"
 
 namespace flexmore::cuda {
 namespace {

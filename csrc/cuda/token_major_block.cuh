@@ -1,4 +1,4 @@
-// What the roles of token_mix.cuh share: how a block is cut, its shared memory, arithmetic of
+// What the roles of token_major.cuh share: how a block is cut, its shared memory, arithmetic of
 // pairs.
 #pragma once
 

@@ -1,7 +1,7 @@
-// The kernel of token_mix.cu: what a block does. Compiled for sm_90a alone.
+// The kernel of token_major.cu: what a block does. Compiled for sm_90a alone.
 #pragma once
 
-#include "token_mix_block.cuh"
+#include "token_major_block.cuh"
 
 namespace flexmore::cuda {
 namespace token_mix_impl {

@@ -1,4 +1,5 @@
-"""Low-rank products of many experts in the compiled library: csrc/cuda/lowrank.cu, gated_mix.cu.
+"""Many experts of small ranks in the compiled library: csrc/cuda/expert_major_shrink.cu makes z of
+all rows, expert_major.cu h, its weighted sum, and the down deltas.
 
 For CUDA tensors of 16-bit floats whose rows and factors start at multiples of 16 bytes, ranks that
 are multiples of 16 up to `SWEPT_RANK`. z of all rows is (N, 2 R), gate's columns then up's, R the

@@ -7,7 +7,7 @@
 // whose ranks are larger) are added on the way. Mathematics: reference/gated_mix.py and
 // reference/lowrank.py.
 //
-// A block (token_mix.cuh) owns 64 tokens of like expert sets and a part of the columns, and walks
+// A block (token_major.cuh) owns 64 tokens of like expert sets and a part of the columns, and walks
 // over pairs of chunks of 32 or 64 columns, within each over the experts that some of its tokens
 // chose, and there over the pair. Four warpgroups:
 //   copying        one thread: bulk copies of the step's B_g, B_u, A_d, packed as they are read
@@ -25,7 +25,7 @@
 #include <tuple>
 #include <vector>
 
-#include "token_mix.cuh"
+#include "token_major.cuh"
 
 namespace flexmore::cuda {
 namespace {
