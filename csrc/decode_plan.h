@@ -58,6 +58,12 @@ struct Work {
     }
 };
 
+// An expansion: rows of a block at most; chunks in its ring of shared memory, in pairs, which are
+// copied and waited for together.
+constexpr int expand_rows(bool down) { return down ? 32 : 96; }
+constexpr int expand_pairs(bool down, int tokens) { return down || tokens < 64 ? 3 : 2; }
+constexpr int expand_slots(bool down, int tokens) { return 2 * expand_pairs(down, tokens); }
+
 // How the rows of an expansion are cut: thread block i takes per_block blocks from i * per_block
 // on.
 struct Cut {
@@ -136,10 +142,9 @@ inline void plan_out(Work& work, int rows, int width, const int* ranks, int num_
     work.tile_rows = round_up(tallest, 16);
 }
 
-inline void plan_cut(Cut& cut, int rows, int most, int slots, int processors, int bytes,
-                     int tokens) {
+inline void plan_cut(Cut& cut, bool down, int rows, int processors, int bytes, int tokens) {
     const bool fills = rows >= 16 * processors;
-    most = most_rows(bytes, slots, tokens, most);
+    const int most = most_rows(bytes, expand_slots(down, tokens), tokens, expand_rows(down));
     cut.rows = rows;
     cut.per_block = fills ? int(ceil_div(rows, int64_t(processors) * most)) : 1;
     cut.blocks = fills ? processors * cut.per_block : int(ceil_div(rows, 16));

@@ -64,6 +64,20 @@ py::dict work(const decode::Work& work) {
     return found;
 }
 
+py::dict decode_cut(bool down, int rows, int processors, int shared, int tokens) {
+    decode::Cut cut{};
+    decode::plan_cut(cut, down, rows, processors, decode::expand_bytes(shared), tokens);
+    py::dict found;
+    found["rows"] = cut.rows;
+    found["blocks"] = cut.blocks;
+    found["per_block"] = cut.per_block;
+    found["tile_rows"] = cut.tile_rows;
+    found["grid"] = cut.grid();
+    found["most_rows"] = decode::expand_rows(down);
+    found["slots"] = decode::expand_slots(down, tokens);
+    return found;
+}
+
 py::dict decode_plan(int64_t hidden, int64_t width, const std::vector<int64_t>& ranks,
                      int64_t processors, int64_t shared, int64_t tokens) {
     check_range("hidden", hidden, 1, 1 << 16);
@@ -80,16 +94,16 @@ py::dict decode_plan(int64_t hidden, int64_t width, const std::vector<int64_t>& 
         sum += int(rank);
     }
     const auto in = std::make_unique<decode::Work>(), out = std::make_unique<decode::Work>();
-    decode::Cut cut{};
     const int product = decode::product_bytes(int(shared)), T = int(tokens), P = int(processors);
     decode::plan_in(*in, 2 * int(width) + 2 * sum, int(hidden), P, product, T);
     decode::plan_out(*out, int(hidden), int(width), narrow.data(), int(narrow.size()), P, product);
-    decode::plan_cut(cut, int(width), 96, 6, P, decode::expand_bytes(int(shared)), T);
     py::dict found;
     found["in"] = work(*in);
     found["out"] = work(*out);
-    found["cut"] = py::make_tuple(cut.rows, cut.blocks, cut.per_block, cut.tile_rows, cut.grid());
+    found["cut_in"] = decode_cut(false, int(width), P, int(shared), T);
+    found["cut_down"] = decode_cut(true, int(hidden), P, int(shared), T);
     found["product_bytes"] = product;
+    found["expand_bytes"] = decode::expand_bytes(int(shared));
     return found;
 }
 
@@ -137,7 +151,8 @@ PYBIND11_MODULE(_host, m) {
           py::arg("processors"), py::arg("shared"), py::arg("tokens"),
           "How the kernels for few tokens share their work on a device of so many multiprocessors "
           "with so many bytes of shared memory, a dict: in, out (chunks, tile_rows, parts, groups, "
-          "start), cut (rows, blocks, per_block, tile_rows, grid), product_bytes.");
+          "start), cut_in, cut_down (rows, blocks, per_block, tile_rows, grid, most_rows, slots), "
+          "product_bytes, expand_bytes.");
     m.def("sweep_launch", &sweep, py::arg("sizes"),
           "How rows of many experts are swept on CUDA, a dict; sizes: tokens, top_k, num_experts, "
           "width, blocks, warps of a block that form rows, bytes of shared memory and of the L2 "

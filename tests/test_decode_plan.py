@@ -23,7 +23,8 @@ DEVICES = ((132, 233472), (108, 167936), (84, 102400), (1, 233472))
 def plan(request):
     (hidden, width), ranks, (processors, shared), tokens = request.param
     found = native.host().decode_plan(hidden, width, [0, *ranks], processors, shared, tokens)
-    return found | {"processors": processors, "tokens": tokens, "hidden": hidden, "width": width}
+    given = {"processors": processors, "shared": shared, "tokens": tokens}
+    return found | given | {"hidden": hidden, "width": width}
 
 
 @pytest.mark.parametrize("which", ("in", "out"))
@@ -64,10 +65,21 @@ def test_the_ring_fits_and_holds_every_block(plan, which):
     assert 4 * 128 * (work["tile_rows"] + plan["tokens"]) <= plan["product_bytes"]
 
 
-def test_rows_of_an_expansion_are_cut_evenly(plan):
-    rows, blocks, per_block, tile_rows, grid = plan["cut"]
-    assert rows == plan["width"] and -(-rows // blocks) <= tile_rows <= 96
-    assert (grid - 1) * per_block < blocks <= grid * per_block and grid <= plan["processors"]
+@pytest.mark.parametrize(
+    ("which", "size", "most"), [("cut_in", "width", 96), ("cut_down", "hidden", 32)]
+)
+def test_rows_of_an_expansion_are_cut_evenly_and_its_ring_fits(plan, which, size, most):
+    cut = plan[which]
+    rows, blocks, per_block, tile_rows = (
+        cut[name] for name in ("rows", "blocks", "per_block", "tile_rows")
+    )
+    assert rows == plan[size] and -(-rows // blocks) <= tile_rows <= most == cut["most_rows"]
+    assert (cut["grid"] - 1) * per_block < blocks <= cut["grid"] * per_block
+    assert cut["grid"] <= plan["processors"]
+    assert cut["slots"] == (4 if which == "cut_in" and plan["tokens"] == 64 else 6)
+    # Beside a product's ring, or (as few rows as can be, with many tokens) after it.
+    ring = cut["slots"] * 128 * (tile_rows + plan["tokens"])
+    assert ring <= plan["expand_bytes"] or (tile_rows == 16 and ring <= plan["shared"] - 1024)
 
 
 def test_sums_are_cut_alike_for_any_number_of_tokens():

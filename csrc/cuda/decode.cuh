@@ -11,8 +11,7 @@ constexpr int kThreads = 256;  // of a product
 constexpr int kWarps = kThreads / 32;
 // Chunks of weights that a product asks for, into L2, while the kernel before it still runs; the
 // second one has its ring filled besides.
-constexpr int kPrefetchIn = 4;
-constexpr int kPrefetchOut = 4;
+constexpr int kPrefetch = 4;
 
 // One projection of one low-rank expert: a (rank, in), b (out, rank) of row stride ld.
 struct Pair {
@@ -62,6 +61,13 @@ __device__ __forceinline__ unsigned active_experts(const Problem& p, unsigned* s
 __device__ __forceinline__ uint32_t kept(uint32_t value) {
     asm volatile("" : "+r"(value));
     return value;
+}
+
+// As `pack`, by a conversion for each: these kernels' instructions then come in a better order.
+template <class T>
+__device__ __forceinline__ uint32_t pack_pair(float a, float b) {
+    Pack<T, 2> pack{{from_acc<T>(a), from_acc<T>(b)}};
+    return *reinterpret_cast<uint32_t*>(&pack);
 }
 
 // 16-byte words of a row of 128 bytes, so that 8 rows' words at one place lie in different banks.

@@ -26,9 +26,7 @@ __device__ __forceinline__ int padded(int columns) {
     return columns > 32 ? 64 : columns > 16 ? 32 : 16;
 }
 
-__device__ __forceinline__ float swiglu(float gate, float up) {
-    return __fdividef(gate, 1 + __expf(-gate)) * up;
-}
+__device__ __forceinline__ float swiglu(float gate, float up) { return silu(gate) * up; }
 
 template <class T, int TP, bool kDown>
 struct Expand {
@@ -38,9 +36,9 @@ struct Expand {
     // A warp has a tile of rows and so many tiles of tokens.
     static constexpr int kUnitTiles = kDown ? (kTiles + 3) / 4 : (kTiles + 1) / 2;
     static constexpr int kUnitsAcross = kTiles / kUnitTiles;
-    static constexpr int kRows = kDown ? 32 : 96;
-    static constexpr int kPairs = kDown || TP < 64 ? 3 : 2;  // of chunks in the ring
-    static constexpr int kSlots = 2 * kPairs;
+    static constexpr int kRows = expand_rows(kDown);
+    static constexpr int kPairs = expand_pairs(kDown, TP);
+    static constexpr int kSlots = expand_slots(kDown, TP);
     using Sums = float[kUnitTiles][4];
     static_assert(kRows / 16 * kUnitsAcross <= kBlockWarps);
 

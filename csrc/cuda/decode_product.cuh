@@ -276,7 +276,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     if constexpr (kIn) {
         // Into L2 only, where what another kernel may still write to a weight is seen.
         const Units at(work, ~0u);
-        if (!at.done()) product.prefetch(at, 0, kPrefetchIn);
+        if (!at.done()) product.prefetch(at, 0, kPrefetch);
         wait_for_previous();
         launch_dependents();
         if (blockIdx.x == 0)
@@ -298,7 +298,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         commit_copies();
     }
     if constexpr (!kIn) {
-        if (!copied.done()) product.prefetch(copied, copied.chunk, kPrefetchOut);
+        if (!copied.done()) product.prefetch(copied, copied.chunk, kPrefetch);
         wait_for_previous();
         copied = ready;
         if (!copied.done()) product.begin_block(copied);

@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(32 * (Formers + Summers), 1)
         const int column = (group + step * p.groups) * kSlab;
         const auto copy = [&](int n, int side, int word, const T* from, bool exists) {
             const void* some = p.sides[side].ranks;
-            copy_async(to + ((n * kSides + side) * kWords + word) * 16, exists ? from : some,
+            copy_words(to + ((n * kSides + side) * kWords + word) * 16, exists ? from : some,
                        exists);
         };
 #pragma unroll

@@ -10,48 +10,12 @@
 
 #include <cstdint>
 
-#include "common.cuh"
+#include "mma.cuh"
 
 namespace flexmore::cuda {
 namespace {
 
 constexpr int kTileRows = 16;
-
-template <class T>
-__device__ __forceinline__ void add_product(float (&acc)[4], const uint4& a,
-                                            const uint32_t (&b)[2]) {
-    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-            "{%8,%9}, {%0,%1,%2,%3};"
-            : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-            : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b[0]), "r"(b[1]));
-    } else {
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-            "{%8,%9}, {%0,%1,%2,%3};"
-            : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-            : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b[0]), "r"(b[1]));
-    }
-}
-
-// Two neighbouring 16-bit numbers of a word.
-template <class T>
-__device__ __forceinline__ float2 unpack(uint32_t word) {
-    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-        return {__uint_as_float(word << 16), __uint_as_float(word & 0xFFFF0000u)};
-    } else {
-        return __half22float2(*reinterpret_cast<const __half2*>(&word));
-    }
-}
-template <class T>
-__device__ __forceinline__ uint32_t pack(float x, float y) {
-    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-        const __nv_bfloat162 both = __floats2bfloat162_rn(x, y);
-        return *reinterpret_cast<const uint32_t*>(&both);
-    } else {
-        const __half2 both = __floats2half2_rn(x, y);
-        return *reinterpret_cast<const uint32_t*>(&both);
-    }
-}
 
 // 16 bytes that another block has written in this launch: L1 is not asked. After the counter that
 // says so was read; volatile keeps that order.
@@ -65,19 +29,10 @@ __device__ __forceinline__ uint4 load_from_l2(const void* p) {
 }
 
 // Copies 16 bytes to shared memory in the background, or zeros; 16-byte aligned both.
-__device__ __forceinline__ void copy_async(void* to, const void* from, bool exists) {
-    const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from),
-                 "r"(exists ? 16 : 0)
-                 : "memory");
+__device__ __forceinline__ void copy_words(void* to, const void* from, bool exists) {
+    copy_async<16, false>(shared_address(to), from, exists);
 }
-__device__ __forceinline__ void commit_copies() {
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
-template <int Left>
-__device__ __forceinline__ void wait_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(Left) : "memory");
-}
+
 // One expert's tiles of 16 rows, numbered over all experts.
 struct Tile {
     int expert, row, live;  // its first row, and how many of its 16 rows exist

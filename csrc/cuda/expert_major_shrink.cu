@@ -77,14 +77,14 @@ __global__ void __launch_bounds__(32 * kWarps)
             uint4* to = reinterpret_cast<uint4*>(stage + w * kRowBytes) + part * 64 + place;
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                copy_async(to + j * 16, x[j] + (inside ? c : 0), inside);
+                copy_words(to + j * 16, x[j] + (inside ? c : 0), inside);
             }
             uint4* factors = reinterpret_cast<uint4*>(stage + kWarps * kRowBytes);
 #pragma unroll
             for (int j = 0; j < kCopies; ++j) {
                 const int first = 4 * (w + j * kWarps);
                 const bool exists = a[j] && inside;
-                copy_async(factors + part * kColumns * 32 + first * 4 + place,
+                copy_words(factors + part * kColumns * 32 + first * 4 + place,
                            exists ? a[j] + c : x[0], exists);
             }
         }
@@ -109,8 +109,8 @@ __global__ void __launch_bounds__(32 * kWarps)
 #pragma unroll
             for (int n = 0; n < kColumns; ++n) {
                 const uint4 b = factors[(part * kColumns + n) * 32];
-                add_product<T>(acc[n], first, {b.x, b.y});
-                add_product<T>(acc[n], second, {b.z, b.w});
+                mma<T>(acc[n], first, {b.x, b.y});
+                mma<T>(acc[n], second, {b.z, b.w});
             }
         }
     }

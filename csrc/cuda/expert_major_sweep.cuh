@@ -130,8 +130,8 @@ struct Fetch {
                     const int64_t at =
                         int64_t(tiles[tile].token[4 * j + lane / 8]) * p.width + (inside ? c : 0);
                     uint4* place = to + j / 2 * 32 + j % 2 * 16;
-                    copy_async(place, static_cast<const T*>(p.gate) + at, inside);
-                    copy_async(place + 64, static_cast<const T*>(p.up) + at, inside);
+                    copy_words(place, static_cast<const T*>(p.gate) + at, inside);
+                    copy_words(place + 64, static_cast<const T*>(p.up) + at, inside);
                 }
                 if (++tile == count) tile = 0, slab += p.groups;
             }
@@ -140,13 +140,6 @@ struct Fetch {
         commit_copies();
     }
 };
-
-__device__ __forceinline__ float swiglu(float g, float u) {
-    float e, r;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(g * -1.4426950408889634f));
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(1.0f + e));
-    return g * r * u;
-}
 
 // Word t of four.
 __device__ __forceinline__ uint32_t word_of(const uint4& v, int t) {
@@ -178,12 +171,12 @@ __device__ __forceinline__ void form_rows(const OwnTile<Rank, IsMix>& tile,
         }
 #pragma unroll
         for (int k = 0; k < Rank / 16; ++k) {
-            add_product<T>(g, tile.z[0][k][lane], f.gate[t][k]);
-            if constexpr (IsMix) add_product<T>(u, tile.z[IsMix][k][lane], f.up[t][k]);
+            mma<T>(g, tile.z[0][k][lane], f.gate[t][k]);
+            if constexpr (IsMix) mma<T>(u, tile.z[IsMix][k][lane], f.up[t][k]);
         }
         if constexpr (IsMix) {
 #pragma unroll
-            for (int j = 0; j < 4; ++j) g[j] = swiglu(g[j], u[j]);
+            for (int j = 0; j < 4; ++j) g[j] = silu_flushed(g[j]) * u[j];
         }
         h[0][t] = pack<T>(g[0], g[1]);
         h[1][t] = pack<T>(g[2], g[3]);
@@ -241,8 +234,8 @@ __device__ __forceinline__ void expand(const Sweep& p, OwnTile<Rank, IsMix>* til
                 const uint4 second = make_uint4(h[0][2], h[1][2], h[0][3], h[1][3]);
 #pragma unroll
                 for (int r = 0; r < Rank / 8; ++r) {
-                    add_product<T>(shrunk[r], first, f.down[r][0]);
-                    add_product<T>(shrunk[r], second, f.down[r][1]);
+                    mma<T>(shrunk[r], first, f.down[r][0]);
+                    mma<T>(shrunk[r], second, f.down[r][1]);
                 }
             }
         }

@@ -23,13 +23,8 @@ const Device& device_of(int index) {
     STD_TORCH_CHECK(index >= 0 && index < 64, "no such device: ", index);
     Device& device = devices[index];
     if (!device.processors) {
-        int count = 0;
-        check_cuda(cudaDeviceGetAttribute(&device.shared,
-                                          cudaDevAttrMaxSharedMemoryPerMultiprocessor, index),
-                   "cudaDeviceGetAttribute");
-        check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index),
-                   "cudaDeviceGetAttribute");
-        device.processors = std::min(count, kMaxBlocks);
+        device.shared = attribute(index, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+        device.processors = std::min(multiprocessors(index), kMaxBlocks);
     }
     return device;
 }
@@ -45,8 +40,8 @@ void run(Problem& p, const Tensor& x, Tensor& y) {
     Work in{}, out{};
     plan_in(in, 2 * p.F + p.ranks_in, p.D, processors, product, TP);
     plan_out(out, p.D, p.F, ranks_down, p.E, processors, product);
-    plan_cut(p.cut_in, p.F, In::kRows, In::kSlots, processors, expand, TP);
-    plan_cut(p.cut_down, p.D, Down::kRows, Down::kSlots, processors, expand, TP);
+    plan_cut(p.cut_in, false, p.F, processors, expand, TP);
+    plan_cut(p.cut_down, true, p.D, processors, expand, TP);
     p.num_counters = out.low_blocks;
     const ScalarType dtype = x.scalar_type();
     Tensor base_in = empty(x, {2 * p.F, TP}, ScalarType::Float);

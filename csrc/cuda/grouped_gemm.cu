@@ -69,8 +69,8 @@ __device__ void compute_gated(const Problems& p, Shared& sh, int cluster, int cl
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int64_t at = int64_t(mine.slot[i] / p.top_k) * problem.columns + line;
-            if (base[0] && i == 1) prefetch_line(static_cast<const T*>(base[0]) + at);
-            if (base[1]) prefetch_line(static_cast<const T*>(base[1]) + at);
+            if (base[0] && i == 1) prefetch_l2(static_cast<const T*>(base[0]) + at);
+            if (base[1]) prefetch_l2(static_cast<const T*>(base[1]) + at);
         }
         if (base[0]) load(0, 0);
         float sum[128];
@@ -84,7 +84,7 @@ __device__ void compute_gated(const Problems& p, Shared& sh, int cluster, int cl
         }
 #pragma unroll
         for (int i = 0; i < 64; ++i) {
-            gate[i] = pack<T>(silu<T>(sum[2 * i]), silu<T>(sum[2 * i + 1]));
+            gate[i] = pack<T>(silu_for<T>(sum[2 * i]), silu_for<T>(sum[2 * i + 1]));
         }
         clear(sum);
         if (base[1]) {
@@ -247,10 +247,7 @@ void grouped_gemm(Tensors left, Tensors right, Tensors base, Tensors out, Ints e
                                        kColumns / kBlocks, problem.for_threads);
         }
     }
-    int blocks = 0;
-    check_cuda(
-        cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, like.get_device_index()),
-        "grouped_gemm: device");
+    const int blocks = multiprocessors(like.get_device_index());
     const cudaStream_t stream = current_stream(like);
     const auto go = [&](auto tag) {
         using Elem = decltype(tag);

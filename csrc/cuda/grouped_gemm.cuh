@@ -124,35 +124,13 @@ __device__ __forceinline__ void multiply(Shared& sh, Ring<kStages>& ring, int st
     if (before) release(before);
 }
 
+// g sigmoid(g), for bfloat16 as exact as that needs.
 template <class T>
-__device__ __forceinline__ float2 unpack(uint32_t pair) {
+__device__ __forceinline__ float silu_for(float g) {
     if constexpr (std::is_same_v<T, __half>) {
-        return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+        return silu(g);
     } else {
-        return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u)};
-    }
-}
-template <class T>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-    if constexpr (std::is_same_v<T, __half>) {
-        const __half2 pair = __floats2half2_rn(low, high);
-        return *reinterpret_cast<const uint32_t*>(&pair);
-    } else {
-        const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-        return *reinterpret_cast<const uint32_t*>(&pair);
-    }
-}
-
-// g sigmoid(g); for bfloat16 by one special-function instruction, in error 2^-12 |g| at most, an
-// eighth of a rounding.
-template <class T>
-__device__ __forceinline__ float silu(float g) {
-    if constexpr (std::is_same_v<T, __half>) {
-        return __fdividef(g, 1.0f + __expf(-g));
-    } else {
-        float t;
-        asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(0.5f * g));
-        return fmaf(0.5f * g, t, 0.5f * g);
+        return silu_of_half(0.5f * g);
     }
 }
 
@@ -204,7 +182,7 @@ __device__ __forceinline__ void load_base(Loaded& words, const void* base, int s
     const T* row = static_cast<const T*>(base) + int64_t(slot / top_k) * columns;
 #pragma unroll
     for (int b = 0; b < 8; ++b) {
-        words[b] = load_now(row + min(column + 32 * b, columns - 8));
+        words[b] = load_once(row + min(column + 32 * b, columns - 8));
     }
 }
 template <class T, int I>

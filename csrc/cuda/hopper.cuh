@@ -2,23 +2,15 @@
 // warpgroup. PTX ISA, sections on mbarrier, cp.async.bulk and wgmma. Compiled for sm_90a alone.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cstdint>
-#include <type_traits>
+#include "common.cuh"
 
 namespace flexmore::cuda {
 
 constexpr int kWarpgroup = 128;
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
 // A value that all threads of a warp have, told to the compiler: branches on it do not diverge,
 // which matrix products require.
-__device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xFFFFFFFFu, x, 0); }
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(kFullWarp, x, 0); }
 
 // A barrier of `count` arrivals in 8 bytes of shared memory; its phases alternate parity.
 struct Barrier {

@@ -6,15 +6,15 @@
 
 namespace flexmore::cuda {
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-// Copies Bytes (4, 8 or 16) from global to shared memory, zeros where not valid.
-template <int Bytes>
+// Copies Bytes (4, 8 or 16) from global to shared memory in the background, zeros where not valid;
+// of 16, L2 gets two lines at a time if Lines.
+template <int Bytes, bool Lines = true>
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool valid) {
     const int size = valid ? Bytes : 0;
-    if constexpr (Bytes == 16) {
+    if constexpr (Bytes == 16 && !Lines) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(size)
+                     : "memory");
+    } else if constexpr (Bytes == 16) {
         asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                      "r"(size)
                      : "memory");
@@ -30,28 +30,6 @@ __device__ __forceinline__ void commit_copies() {
 template <int Pending>
 __device__ __forceinline__ void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
-}
-// Waits until at most `pending` groups (0 to 6) of this thread are under way.
-__device__ __forceinline__ void wait_copies(int pending) {
-    switch (pending) {
-        case 0:
-            return wait_copies<0>();
-        case 1:
-            return wait_copies<1>();
-        case 2:
-            return wait_copies<2>();
-        case 3:
-            return wait_copies<3>();
-        case 4:
-            return wait_copies<4>();
-        case 5:
-            return wait_copies<5>();
-        default:
-            return wait_copies<6>();
-    }
-}
-__device__ __forceinline__ void prefetch_l2(const void* p) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
 // Matrices of 8 x 8 elements, a row of 16 bytes at each lane's address, as fragments.
@@ -90,24 +68,20 @@ __device__ __forceinline__ void load_columns(uint32_t& a, uint32_t& b, uint32_t 
 template <class T>
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     if constexpr (std::is_same_v<T, __half>) {
-        asm volatile(
-            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
             "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
             : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
     } else {
-        asm volatile(
-            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
             "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
             : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
     }
 }
-
 template <class T>
-__device__ __forceinline__ uint32_t pack_pair(float a, float b) {
-    Pack<T, 2> pack{{from_acc<T>(a), from_acc<T>(b)}};
-    return *reinterpret_cast<uint32_t*>(&pack);
+__device__ __forceinline__ void mma(float (&c)[4], const uint4& a, const uint32_t (&b)[2]) {
+    mma<T>(c, {a.x, a.y, a.z, a.w}, b);
 }
 
 // Programmatic dependent launch: the next kernel of the stream may start / the one before is done
@@ -137,19 +111,16 @@ void launch_after(Kernel kernel, unsigned grid, int threads, size_t shared, cons
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                     cudaSharedmemCarveoutMaxShared),
                name);
-    int major = 0;
-    check_cuda(
-        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, on.get_device_index()),
-        name);
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
+    const int major = attribute(on.get_device_index(), cudaDevAttrComputeCapabilityMajor);
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(grid);
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared;
     config.stream = current_stream(on);
-    config.attrs = &attribute;
+    config.attrs = &early;
     config.numAttrs = major >= 9 ? 1 : 0;
     check_cuda(cudaLaunchKernelEx(&config, kernel, args...), name);
 }

@@ -66,9 +66,7 @@ __global__ void __launch_bounds__(kRouteThreads)
     float slot_logit = 0;
     unsigned chosen = 0;
     for (int k = 0; k < in.top_k; ++k) {
-        const unsigned bits = __float_as_uint(token.v[0] + 0.0f);
-        const unsigned order = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-        const unsigned key = open >> lane & 1 ? order : 0;
+        const unsigned order = sorted_bits(token.v[0]), key = open >> lane & 1 ? order : 0;
         const unsigned largest = __reduce_max_sync(kFullWarp, key);
         const unsigned ties = __ballot_sync(kFullWarp, (open >> lane & 1) && key == largest);
         if (!ties) break;
@@ -90,9 +88,7 @@ __global__ void __launch_bounds__(kRouteThreads)
         if (found) weight = exp(double(slot_logit) - double(token.largest)) / sum;
     } else {
         const double shift = in.norm_topk_prob ? fmin(double(token.largest), 0.0) : 0;
-        if (found) {
-            weight = in.scoring == Scoring::unit ? 1 : shifted_sigmoid(slot_logit, shift);
-        }
+        if (found) weight = score_of(in, slot_logit, shift);
         if (in.norm_topk_prob) {
             const double sum = group_sum<32>(weight);
             weight /= sum > 0 ? sum : 1;
@@ -121,24 +117,7 @@ std::tuple<Tensor, Tensor, Tensor> topk_route_linear(Tensor x, Tensor router, Op
     Tensor indices = empty(x, {T, top_k}, ScalarType::Long);
     check_topk_route(logits, bias, mask, top_k);
     if (T == 0) return {logits, weights, indices};
-    Inputs in{};
-    in.logits = logits.const_data_ptr();
-    in.logits_dtype = dtype;
-    if (bias && bias->numel() > 0) {
-        dispatch(bias->scalar_type(), [](auto) {});
-        in.bias = bias->const_data_ptr();
-        in.bias_dtype = bias->scalar_type();
-    }
-    if (mask) {
-        in.mask = data<bool>(*mask);
-        in.mask_t = mask->stride(0);
-        in.mask_e = mask->stride(1);
-    }
-    in.num_tokens = T;
-    in.num_experts = int(E);
-    in.top_k = int(top_k);
-    in.norm_topk_prob = norm_topk_prob;
-    in.scoring = scoring_of(code);
+    const Inputs in = make_inputs(logits, bias, mask, top_k, norm_topk_prob, scoring_of(code));
     const auto run = [&]<class A>(A) {
         const auto kernel = route_linear_kernel<A>;
         launch_after(kernel, grid_size(T), kRouteThreads, 0, x, "topk_route_linear", in, data<A>(x),

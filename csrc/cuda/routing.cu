@@ -18,18 +18,14 @@
 namespace flexmore::cuda {
 namespace {
 
-constexpr int kMaxExperts = 1024;
-
 // Sigmoid or unit weights of one token's slots, over the logits that its lanes have kept there.
-// Renormalised, every sigmoid is taken times e^-min(largest, 0), which cancels, so that the largest
-// does not underflow.
 template <class A, int Lanes>
 __device__ __forceinline__ void score_slots(const Inputs& in, bool exists, int64_t slots, int lane,
                                             double largest, A* weights, const int64_t* indices) {
     const double shift = in.norm_topk_prob ? fmin(largest, 0.0) : 0;
     const auto score = [&](int k) -> double {
         if (indices[slots + k] >= in.num_experts) return 0;
-        return in.scoring == Scoring::unit ? 1 : shifted_sigmoid(weights[slots + k], shift);
+        return score_of(in, weights[slots + k], shift);
     };
     double sum = 0;
     if (exists && in.norm_topk_prob) {
@@ -45,12 +41,11 @@ __device__ __forceinline__ void score_slots(const Inputs& in, bool exists, int64
 template <int Lanes, class A>
 __device__ __forceinline__ void best_of_group(A& best, int& best_e) {
     if constexpr (Lanes == 32 && sizeof(A) == 4) {
-        // As integers of the same order, which a warp reduces in one instruction; -0 counts as 0.
-        const unsigned bits = __float_as_uint(best + 0.0f);
-        const unsigned key = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+        // As integers of the same order, which a warp reduces in one instruction.
+        const unsigned key = sorted_bits(best);
         const unsigned largest = __reduce_max_sync(kFullWarp, key);
         best_e = int(__reduce_min_sync(kFullWarp, key == largest ? unsigned(best_e) : INT32_MAX));
-        best = __uint_as_float(largest & 0x80000000u ? largest ^ 0x80000000u : ~largest);
+        best = number_of(largest);
     } else {
 #pragma unroll
         for (int offset = Lanes / 2; offset > 0; offset /= 2) {
@@ -210,32 +205,6 @@ __global__ void __launch_bounds__(kThreads)
         const double slope = 1 / (1 + exp(v));
         dlogits[t * in.num_experts + e] = A(w * slope * (dweights[slots + k] - mean));
     }
-}
-
-Inputs make_inputs(const Tensor& logits_TE, const OptionalTensor& bias, const OptionalTensor& mask,
-                   int64_t top_k, bool norm_topk_prob, Scoring scoring) {
-    STD_TORCH_CHECK(logits_TE.size(1) <= kMaxExperts, "at most ", kMaxExperts, " experts, got ",
-                    logits_TE.size(1));
-    Inputs in{};
-    in.logits = logits_TE.const_data_ptr();
-    in.logits_dtype = logits_TE.scalar_type();
-    dispatch(in.logits_dtype, [](auto) {});  // refuses other dtypes
-    if (bias && bias->numel() > 0) {
-        dispatch(bias->scalar_type(), [](auto) {});
-        in.bias = bias->const_data_ptr();
-        in.bias_dtype = bias->scalar_type();
-    }
-    if (mask) {
-        in.mask = data<bool>(*mask);
-        in.mask_t = mask->stride(0);
-        in.mask_e = mask->stride(1);
-    }
-    in.num_tokens = logits_TE.size(0);
-    in.num_experts = static_cast<int>(logits_TE.size(1));
-    in.top_k = static_cast<int>(top_k);
-    in.norm_topk_prob = norm_topk_prob;
-    in.scoring = scoring;
-    return in;
 }
 
 // Calls f(A{}, lanes a token, experts a lane), the sizes as types.

@@ -4,7 +4,6 @@
 
 #include <cuda.h>
 
-#include "common.cuh"
 #include "hopper.cuh"
 
 namespace flexmore::cuda {
@@ -83,17 +82,6 @@ __device__ __forceinline__ void copy_box(void* to, const CUtensorMap& map, int c
             "r"(plain), "r"(thirties), "h"(uint16_t((1 << Blocks) - 1))
             : "memory");
     }
-}
-// 16 bytes, loaded here, not where they are first used.
-__device__ __forceinline__ uint4 load_now(const void* from) {
-    uint4 words;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
-                 : "l"(__cvta_generic_to_global(from)));
-    return words;
-}
-__device__ __forceinline__ void prefetch_line(const void* from) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(from)));
 }
 
 __device__ __forceinline__ int block_in_cluster() {

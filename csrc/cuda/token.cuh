@@ -9,6 +9,7 @@ namespace flexmore::cuda {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kMaxExperts = 1024;
 
 // What routing reads, the same in both directions.
 struct Inputs {
@@ -22,6 +23,34 @@ struct Inputs {
     bool norm_topk_prob;
     Scoring scoring;
 };
+
+// Of checked arguments.
+inline Inputs make_inputs(const Tensor& logits_TE, const OptionalTensor& bias,
+                          const OptionalTensor& mask, int64_t top_k, bool norm_topk_prob,
+                          Scoring scoring) {
+    STD_TORCH_CHECK(logits_TE.size(1) <= kMaxExperts, "at most ", kMaxExperts, " experts, got ",
+                    logits_TE.size(1));
+    Inputs in{};
+    in.logits = logits_TE.const_data_ptr();
+    in.logits_dtype = logits_TE.scalar_type();
+    dispatch(in.logits_dtype, [](auto) {});  // refuses other dtypes
+    if (bias && bias->numel() > 0) {
+        dispatch(bias->scalar_type(), [](auto) {});
+        in.bias = bias->const_data_ptr();
+        in.bias_dtype = bias->scalar_type();
+    }
+    if (mask) {
+        in.mask = data<bool>(*mask);
+        in.mask_t = mask->stride(0);
+        in.mask_e = mask->stride(1);
+    }
+    in.num_tokens = logits_TE.size(0);
+    in.num_experts = static_cast<int>(logits_TE.size(1));
+    in.top_k = static_cast<int>(top_k);
+    in.norm_topk_prob = norm_topk_prob;
+    in.scoring = scoring;
+    return in;
+}
 
 // f(element of dtype T at p) for the T that `dtype` names: all threads take the same branch.
 template <class F>
@@ -49,6 +78,21 @@ __device__ __forceinline__ A group_sum(A x) {
 // sigma(v) e^-shift, with shift 0 or the largest of min(v, 0). In double, as `exponentials` says.
 __device__ __forceinline__ double shifted_sigmoid(double v, double shift) {
     return exp(fmin(v, 0.0) - shift) / (1 + exp(-fabs(v)));
+}
+
+// A selected expert's sigmoid or unit weight. `shift` is 0 or, where weights are renormalised,
+// min(largest, 0): it cancels, and the largest sigmoid does not underflow.
+__device__ __forceinline__ double score_of(const Inputs& in, double logit, double shift) {
+    return in.scoring == Scoring::unit ? 1 : shifted_sigmoid(logit, shift);
+}
+
+// Integers in the order of the numbers; -0 counts as 0.
+__device__ __forceinline__ unsigned sorted_bits(float v) {
+    const unsigned bits = __float_as_uint(v + 0.0f);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ float number_of(unsigned sorted) {
+    return __uint_as_float(sorted & 0x80000000u ? sorted ^ 0x80000000u : ~sorted);
 }
 
 // One token's biased logits over the lanes of its group; lane l, entry j: expert l + j * Lanes.

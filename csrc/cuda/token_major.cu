@@ -7,14 +7,14 @@
 // whose ranks are larger) are added on the way. Mathematics: reference/gated_mix.py and
 // reference/lowrank.py.
 //
-// A block (token_major.cuh) owns 64 tokens of like expert sets and a part of the columns, and walks
-// over pairs of chunks of 32 or 64 columns, within each over the experts that some of its tokens
-// chose, and there over the pair. Four warpgroups:
+// A block (token_major.cuh) owns 64 tokens of like expert sets and a part of the columns. It walks
+// over groups of chunks of 32 columns, a chunk for each expanding warpgroup, within each over the
+// experts that some of its tokens chose, and there over the group. Its warpgroups:
 //   copying        one thread: bulk copies of the step's B_g, B_u, A_d, packed as they are read
-//   expanding (2)  one chunk of the pair each: g, u in registers from G, U and two products; h; its
-//                  share of mixed, in registers
+//   expanding (2; 3 at rank 16)  one chunk of the group each: g, u in registers from G, U and two
+//                  products; h; its share of mixed, in registers
 //   shrinking      s_down of every expert in registers, one product a step with h from shared
-//   memory
+//                  memory
 // Sums are in a fixed order; each output has one writer. Column parts make planes of s_down, which
 // sum_planes adds in order.
 //
@@ -265,9 +265,7 @@ std::tuple<Tensor, Tensor> token_mix(Tensor gate_TF, Tensor up_TF, Tensor weight
     m.mixed = mixed_TF.mutable_data_ptr();
     m.num_tokens = T, m.width = F, m.s_width = s_width, m.down_width = down_width;
     m.num_experts = int(E);
-    check_cuda(cudaDeviceGetAttribute(&call.multiprocessors, cudaDevAttrMultiProcessorCount,
-                                      gate_TF.get_device_index()),
-               "token_mix: device");
+    call.multiprocessors = multiprocessors(gate_TF.get_device_index());
     call.stream = current_stream(gate_TF);
     const auto go = [&](auto tag, auto with_rows) {
         using Elem = decltype(tag);

@@ -2,7 +2,6 @@
 // pairs.
 #pragma once
 
-#include "common.cuh"
 #include "hopper.cuh"
 
 namespace flexmore::cuda {
@@ -96,33 +95,6 @@ struct Shared {
     int present[kMaxLowRank], num_present, num_rows, set;
     Barrier stage_full[kStages], stage_empty[kStages], hidden_full[kHidden], hidden_empty[kHidden];
 };
-
-template <class T>
-__device__ __forceinline__ float2 unpack(uint32_t pair) {
-    if constexpr (std::is_same_v<T, __half>) {
-        return __half22float2(*reinterpret_cast<const __half2*>(&pair));
-    } else {
-        return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u)};
-    }
-}
-template <class T>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-    if constexpr (std::is_same_v<T, __half>) {
-        const __half2 pair = __floats2half2_rn(low, high);
-        return *reinterpret_cast<const uint32_t*>(&pair);
-    } else {
-        const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-        return *reinterpret_cast<const uint32_t*>(&pair);
-    }
-}
-
-// g sigmoid(g) from g / 2 by one special-function instruction: in error 2^-12 |g| at most, an
-// eighth of a rounding to bfloat16.
-__device__ __forceinline__ float silu_of_half(float half) {
-    float t;
-    asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(half));
-    return fmaf(half, t, half);
-}
 
 // x, or 0 where the mask is 0: selected, not multiplied, since Inf and NaN of experts that were not
 // chosen must not reach a sum; by bits, since the compiler branches around a conditional's sigmoid.

@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kThreads)
         }
     } else {
         const double shift = in.norm_topk_prob ? fmin(double(largest), 0.0) : 0;
-        if (found) weight = in.scoring == Scoring::unit ? 1 : shifted_sigmoid(logit, shift);
+        if (found) weight = score_of(in, logit, shift);
         if (in.norm_topk_prob) sum = group_sum<32>(weight);
     }
     if (lane < in.top_k) {
