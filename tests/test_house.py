@@ -113,6 +113,12 @@ def test_no_kernel_without_an_op():
         assert alone == set(), f"{folder}: no ops/<stem>.py, and nothing there imports it"
 
 
+def test_contributing_lists_the_cuda_files():
+    rows = re.findall(r"^\| (`\w+\.cu.*?) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
+    listed = re.findall(r"`(\w+\.cuh?)`", " ".join(rows))
+    assert sorted(listed) == sorted(path.name for path in (ROOT / "csrc/cuda").iterdir())
+
+
 @pytest.mark.parametrize("path", python_files("flexmore_kernels"), ids=lambda p: p.stem)
 def test_imports_go_down(path):
     own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
