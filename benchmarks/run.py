@@ -150,7 +150,6 @@ def take(
     progress: Progress,
     context: dict[str, Any],
     write: Callable[[dict[str, Any]], None],
-    op: str = "",
     start: int = 1,
 ) -> list[str]:
     """Measure the groups from number `start` on; returns what was left out or failed, in words."""
@@ -165,7 +164,7 @@ def take(
             progress.say(f"{title}: {message}")
 
         try:
-            _take_one(group, device, dtype, progress, context, write, op, say)
+            _take_one(group, device, dtype, progress, context, write, say)
         except KeyboardInterrupt:
             missing.append(f"{group} and what follows: interrupted")
             break
@@ -175,12 +174,12 @@ def take(
     return missing
 
 
-def _take_one(group, device, dtype, progress, context, write, op, say) -> None:
+def _take_one(group, device, dtype, progress, context, write, say) -> None:
     if group.stem:
         module = importlib.import_module(f"benchmarks.bench_{group.stem}")
         found = bench.price_all(
             module.prices, group.shape, group.tokens, device=device, context=context, say=say,
-            seconds=min(1.0, group.expected_s / 20), op=op or group.op,
+            seconds=min(1.0, group.expected_s / 20), op=group.op,
         )  # fmt: skip
         for record in found:
             write(record)
@@ -196,10 +195,10 @@ def chosen(given: argparse.Namespace, device: str) -> list[Group]:
     """The groups that the command line asks for."""
     default = SWEPT if device == "cuda" else "small"
     if given.op:
-        stems = [stem for stem in STEMS if given.op == stem] or list(STEMS)
+        stems, op = ((given.op,), "") if given.op in STEMS else (STEMS, given.op)
         names = given.shape or [default]
         return [
-            Group(name, tokens, 20, stem=stem)
+            Group(name, tokens, 20, stem=stem, op=op)
             for stem in stems for name in names for tokens in given.tokens or [SHAPES[name].tokens]
         ]  # fmt: skip
     if given.shape or given.tokens or not (given.quick or given.all or given.aims):
@@ -249,7 +248,7 @@ def main(words: list[str] | None = None) -> int:
     given = parser.parse_args(words)
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     progress = Progress(given.seconds or (530 if given.all or given.aims else 150))
-    groups, op = chosen(given, device), given.op if given.op not in STEMS else ""
+    groups = chosen(given, device)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     progress.say("measuring a large copy and a large matrix product")
     context = {**records.environment(device, given.commit), "roofs": records.roofs(device)}
@@ -268,7 +267,7 @@ def main(words: list[str] | None = None) -> int:
         print(printed.full(record), flush=True)
 
     dtype = getattr(torch, given.dtype) if given.dtype else DTYPES[device]
-    missing = take(groups, device, dtype, progress, context, write, op or "", given.start)
+    missing = take(groups, device, dtype, progress, context, write, given.start)
     print(f"\n{head}\n{printed.short(taken)}")
     faults = printed.wrong(taken)
     for line in (*missing, *faults):

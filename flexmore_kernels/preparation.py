@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import tuning
 from .checks import check_int
-from .projection import RANK_MULTIPLE
+from .projection import RANK_MULTIPLE, padded_rank
 from .ragged import StackedFactors, rank_offsets
 from .schedule import DECODE_TOKENS
 from .slow_paths import warn_once
@@ -157,7 +157,7 @@ class _Copies(nn.Module):
             multiple = RANK_MULTIPLE if full[0].device.type == "cuda" else 1
             left = {e: pair for e, pair in enumerate(pairs) if pair and e not in names}
             ranks = [left[e][0].shape[0] if e in left else 0 for e in range(len(pairs))]
-            padded = tuple(-(-rank // multiple) * multiple for rank in ranks)
+            padded = tuple(padded_rank(rank, multiple) for rank in ranks)
             as_is = isinstance(side, StackedFactors) and not names and padded == tuple(ranks)
             if as_is or not left:
                 self.ranks.append(None if as_is else padded)

@@ -37,6 +37,11 @@ def shared_of(layouts: Sequence[Sequence[int]]) -> Shared:
     return Shared(any(gate + up), any(down))
 
 
+def padded_rank(rank: int, multiple: int = RANK_MULTIPLE) -> int:
+    """The rank rounded up to a multiple."""
+    return -(-rank // multiple) * multiple
+
+
 def _kept(function: Callable) -> Callable:
     """An lru_cache, since a layer of 512 experts asks for its ranks dozens of times a call; but not
     for torch.compile, which does not trace through one.
@@ -52,7 +57,7 @@ def _ranks(layout: tuple[int, ...]) -> tuple[int, ...]:
 
 @_kept
 def _padded(layout: tuple[int, ...], multiple: int) -> tuple[int, ...]:
-    return tuple(-(-max(entry, 0) // multiple) * multiple for entry in layout)
+    return tuple(padded_rank(max(entry, 0), multiple) for entry in layout)
 
 
 class Projection(NamedTuple):

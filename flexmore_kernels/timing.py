@@ -215,13 +215,15 @@ class _Events:
         while True:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             self.flush.zero_()
-            torch.cuda._sleep(int(hold * CYCLES_PER_MS))
+            if hold:
+                torch.cuda._sleep(int(hold * CYCLES_PER_MS))
             start.record()
             call()
             late = start.query()
             end.record()
             if look:
                 look()
+                look = None  # once, also where the call is timed again
             end.synchronize()
             if not late or hold in (0, MAX_HOLD_MS):
                 return start.elapsed_time(end)
@@ -246,9 +248,7 @@ def waits_for_device(call: Call) -> bool:
 def _host_ms(call: Call) -> float:
     """How long the host is busy with a call that does not wait for the device."""
     torch.cuda.synchronize()
-    begin = time.perf_counter()
-    call()
-    return (time.perf_counter() - begin) * 1e3
+    return _Wall().time(call)
 
 
 def _replay(

@@ -8,6 +8,7 @@ that no token chose, widths that end within a chunk, Inf and NaN of experts that
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -164,8 +165,17 @@ def way(request, device, monkeypatch):
         yield "triton"
 
 
-def assert_hidden_is_accurate(draws: list) -> None:
-    """Of draws (out, in float64, in the same dtype), each a pair of mixed and s_down."""
+def check_hidden(draw: Callable) -> None:
+    """draw() makes inputs and gives a call of the kernels, and what it is to be in float64 and as
+    plain PyTorch computes it in the same dtype: pairs of mixed and s_down.
+    """
+    draws = []
+    for _ in range(DRAWS):
+        run, wide, same = draw()
+        out = run()
+        for a, b in zip(out, run(), strict=True):
+            assert_same(a, b)
+        draws.append((out, wide, same))
     for index, what in enumerate(("mixed", "s_down")):
         if draws[0][0][index].numel():
             outs, refs64, sames = (
@@ -174,24 +184,26 @@ def assert_hidden_is_accurate(draws: list) -> None:
             assert_accurate_draws(outs, refs64, sames, what)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", CASES)
-def test_hidden(name, dtype, device, way):
+def skip_dtype(way: str, device: str, dtype: torch.dtype) -> None:
     if way == "hopper" and dtype == torch.float32:
         pytest.skip("the kernel for Hopper takes 16-bit floats")
     skip_interpreted(way, device, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_hidden(name, dtype, device, way):
+    skip_dtype(way, device, dtype)
     case = CASES[name]
-    draws = []
-    for _ in range(DRAWS):
+
+    def draw():
         inputs = make_inputs(case, device, dtype)
         ids = some_ids(case.tokens, len(case.ranks), case.top_k, case.empty).to(device)
         if name == "unused":
             ids = ids.masked_fill(ids == 2, len(case.ranks))
-        out = fused(inputs, ids)
-        for a, b in zip(out, fused(inputs, ids), strict=True):
-            assert_same(a, b)
-        draws.append((out, plain(to_float64(inputs), ids), plain(inputs, ids)))
-    assert_hidden_is_accurate(draws)
+        return lambda: fused(inputs, ids), plain(to_float64(inputs), ids), plain(inputs, ids)
+
+    check_hidden(draw)
 
 
 OWN_CASES = {
@@ -206,21 +218,18 @@ OWN_CASES = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", OWN_CASES)
 def test_rows_of_other_experts_are_added(name, dtype, device, way):
-    if way == "hopper" and dtype == torch.float32:
-        pytest.skip("the kernel for Hopper takes 16-bit floats")
-    skip_interpreted(way, device, dtype)
+    skip_dtype(way, device, dtype)
     case, own = OWN_CASES[name]
-    draws = []
-    for _ in range(DRAWS):
+
+    def draw():
         inputs = make_inputs(case, device, dtype)
         h = make_x(case.tokens, case.width, device, dtype)
         ids = some_ids(case.tokens, len(case.ranks), case.top_k, case.empty).to(device)
-        out = fused_with_rows(inputs, ids, own, h)
-        for a, b in zip(out, fused_with_rows(inputs, ids, own, h), strict=True):
-            assert_same(a, b)
         wide = plain_with_rows(to_float64(inputs), ids, own, h.double())
-        draws.append((out, wide, plain_with_rows(inputs, ids, own, h)))
-    assert_hidden_is_accurate(draws)
+        same = plain_with_rows(inputs, ids, own, h)
+        return lambda: fused_with_rows(inputs, ids, own, h), wide, same
+
+    check_hidden(draw)
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])

@@ -18,21 +18,22 @@ TFLOP/s, 3.0 TB/s): z 0.56 ms, h 1.50, s_down 0.75, s_down B_d^T 0.41, own rows 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .. import backend
-from ..projection import FULL, RANK_MULTIPLE, Projection, shared_of
+from ..projection import FULL, Projection, padded_rank, shared_of
 from ..ragged import SEGMENT, TOKEN, RoutingPlan, RowProducts, Term, ranks_tensor
 from .routed import Routed, mm
 
 
-def added_to_hidden(layouts: Sequence[Sequence[int]], own: Sequence[int]) -> list[int]:
+def added_to_hidden(layouts: Sequence[Sequence[int]], own: Sequence[int]) -> tuple[int, ...]:
     """Own experts whose rows of h go through the base's down projection, in the hidden sum."""
     shared, down = shared_of(layouts), layouts[2]
-    return [e for e in own if e == 0 and shared.down or down[e] != FULL]
+    return tuple(e for e in own if e == 0 and shared.down or down[e] != FULL)
 
 
 def forward(x, indices, weights, sides, own: tuple[int, ...]):
@@ -46,9 +47,10 @@ def forward(x, indices, weights, sides, own: tuple[int, ...]):
     layer = Routed(x, indices, [side.without(own) for side in sides])
     products = layer.hopper or backend.kernels("grouped_gemm", x)
     h_NF = x.new_empty(layer.plan.num_rows, F)
-    _fill_hidden(layer, products, sides, bases, own, h_NF)
+    slots_of = functools.cache(functools.partial(_slots_of, layer))  # the same experts, mostly
+    _fill_hidden(layer, products, sides, bases, own, slots_of, h_NF)
     by_shared = added_to_hidden(layouts, own)
-    rows = (h_NF, _slots_of(layer, by_shared)) if by_shared else None
+    rows = (h_NF, slots_of(by_shared)) if by_shared else None
     mixed = s_others = y = None
     if 0 not in own:
         mixed, s_others = layer.hidden(*bases, weights, _others(layer.plan, own), rows)
@@ -60,11 +62,11 @@ def forward(x, indices, weights, sides, own: tuple[int, ...]):
             return layer.down(mixed, down.full[0], s_TR, b_DR), *bases
         y = mm(mixed, down.full[0].T)
         y = mm(s_TR, b_DR.T, y) if s_TR.shape[1] else y
-    full = [e for e in own if e not in by_shared]
+    full = tuple(e for e in own if e not in by_shared)
     y_ND = x.new_empty(h_NF.shape[0], x.shape[1])
     work = [RowProducts(e, y_ND, Term(h_NF, down.full[e])) for e in full]
     products.sum_rows(work, layer.plan)
-    return layer.permutation.unpermute(y_ND, _slots_of(layer, full), weights, y), *bases
+    return layer.permutation.unpermute(y_ND, slots_of(full), weights, y), *bases
 
 
 def _slots_of(layer: Routed, experts) -> Tensor:
@@ -86,14 +88,13 @@ def _others(plan: RoutingPlan, own) -> RoutingPlan:
     return plan._replace(expert_to_row=torch.where(hidden > 0, -1, plan.expert_to_row))
 
 
-def _fill_hidden(layer: Routed, products, sides, bases, own, h_NF) -> None:
+def _fill_hidden(layer: Routed, products, sides, bases, own, slots_of, h_NF) -> None:
     """The own experts' rows of h, the most expensive ones first: they are handed out in order."""
     T, D = layer.x.shape
     pairs = [side.factor_pairs() for side in sides[:2]]
-    reads_x = [e for e in own if any(_reads_x(side, bases, e) for side in sides[:2])]
+    reads_x = tuple(e for e in own if any(_reads_x(side, bases, e) for side in sides[:2]))
     if reads_x:
-        slots, plan = _slots_of(layer, reads_x), layer.plan
-        x_ND = layer.permutation.permute(layer.x, plan.row_to_slot, slots)
+        x_ND = layer.permutation.permute(layer.x, layer.plan.row_to_slot, slots_of(reads_x))
     shrinks, gates = [], []
     for e in own:
         terms, depth = [], 0
@@ -106,7 +107,7 @@ def _fill_hidden(layer: Routed, products, sides, bases, own, h_NF) -> None:
                 depth += D
             else:
                 a, b = side_pairs[e]
-                z = layer.x.new_empty(T, _padded(kind))
+                z = layer.x.new_empty(T, padded_rank(kind))
                 shrinks.append(RowProducts(e, z, Term(x_ND, a)))
                 terms.append(Term(z, b, base, SEGMENT))
                 depth += kind
@@ -129,7 +130,7 @@ def _shrunk(layer: Routed, products, down: Projection, own, h_NF, s_others, weig
     low, plan, x = layer.packed[2], layer.plan, layer.x
     pairs = down.factor_pairs()
     mine = [e for e in own if pairs[e] is not None]
-    widths = [_padded(down.layout[e]) for e in mine]
+    widths = [padded_rank(down.layout[e]) for e in mine]
     fused = low.b.shape[1]
     s_TR = x.new_zeros(x.shape[0], fused + sum(widths))
     if low.any:
@@ -144,7 +145,3 @@ def _shrunk(layer: Routed, products, down: Projection, own, h_NF, s_others, weig
         b = pairs[e][1]
         factors.append(torch.nn.functional.pad(b, (0, width - b.shape[1])))
     return s_TR, torch.cat(factors, 1)
-
-
-def _padded(rank: int) -> int:
-    return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE

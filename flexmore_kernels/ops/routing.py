@@ -26,7 +26,6 @@ from ..checks import (
 )
 from ..library import define
 from ..ragged import MAX_SET_EXPERTS, RoutingPlan
-from ..schedule import DECODE_TOKENS
 from ..slow_paths import contiguous
 
 _kernels = "routing"
@@ -162,7 +161,7 @@ def _topk_route_fake(logits, bias, mask, top_k, norm_topk_prob, scoring):
 
 def _topk_route_linear(x, weight, bias, mask, top_k, norm_topk_prob, scoring):
     x, weight = contiguous("x", x), contiguous("weight", weight)
-    kernels = backend.library(_kernels, x) if x.shape[0] <= DECODE_TOKENS else None
+    kernels = backend.library(_kernels, x)
     if kernels is None or not kernels.few_serve(x, weight):
         kernels = backend.kernels(_kernels, x, "topk_route_linear", weight.shape[0])
     result = kernels.topk_route_linear(x, weight, bias, mask, top_k, norm_topk_prob, scoring)
