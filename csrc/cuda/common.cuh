@@ -34,6 +34,20 @@ inline int attribute(int device, cudaDeviceAttr which) {
 }
 inline int multiprocessors(int device) { return attribute(device, cudaDevAttrMultiProcessorCount); }
 
+// Launches the kernel with an attribute, or with none.
+template <class Kernel, class... Args>
+void launch_with(cudaLaunchAttribute* with, Kernel kernel, unsigned blocks, int threads,
+                 size_t shared, cudaStream_t stream, const char* name, const Args&... args) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = with;
+    config.numAttrs = with != nullptr;
+    check_cuda(cudaLaunchKernelEx(&config, kernel, args...), name);
+}
+
 // Launches blocks that may wait for each other: all run at the same time, or the launch fails.
 template <class... Args>
 void launch_together(void (*kernel)(Args...), int blocks, int threads, size_t shared,
@@ -41,14 +55,8 @@ void launch_together(void (*kernel)(Args...), int blocks, int threads, size_t sh
     cudaLaunchAttribute together{};
     together.id = cudaLaunchAttributeCooperative;
     together.val.cooperative = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(blocks);
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = shared;
-    config.stream = stream;
-    config.attrs = &together;
-    config.numAttrs = 1;
-    check_cuda(cudaLaunchKernelEx(&config, kernel, args...), "a launch of blocks that wait");
+    launch_with(&together, kernel, unsigned(blocks), threads, shared, stream,
+                "a launch of blocks that wait", args...);
 }
 
 // Makes the tensor's device current while it lives. The statically linked CUDA runtime is told

@@ -115,14 +115,8 @@ void launch_after(Kernel kernel, unsigned grid, int threads, size_t shared, cons
     cudaLaunchAttribute early{};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(grid);
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = shared;
-    config.stream = current_stream(on);
-    config.attrs = &early;
-    config.numAttrs = major >= 9 ? 1 : 0;
-    check_cuda(cudaLaunchKernelEx(&config, kernel, args...), name);
+    launch_with(major >= 9 ? &early : nullptr, kernel, grid, threads, shared, current_stream(on),
+                name, args...);
 }
 
 }  // namespace flexmore::cuda
