@@ -50,6 +50,8 @@ CASES = {
     "rank_32": Case("width past the last chunk", 77, 24, 112, (0, 32, 20), 2),
     "rank_64": Case("six of rank 64, every token all of them", 65, 32, 96, (0, *[64] * 6), 7, 0.0),
     "odd": Case("no multiples of 16", 100, 24, 80, (0, 1, 5, 48, 33), 3),
+    "depths": Case("ranks of every size", 150, 32, 80, (0, 1, 17, 33, 64, (0, 33, 5)), 3),
+    "one_depth": Case("a small rank beside a large", 70, 24, 64, (0, 3, 40), 1, 0.0),
     "triples": Case("unlike by projection", 90, 24, 64, (0, (16, 0, 3), (0, 0, 40), (0, 9, 0)), 2),
     "no_delta": Case("experts that are the base", 40, 16, 48, (0, (0, 0, 0), 16), 2),
     "unused": Case("an expert that no token chose", 33, 16, 32, (0, 16, 16, 16), 1, 0.5),
@@ -210,6 +212,7 @@ OWN_CASES = {
     "one": (Case("one row a token at most", 70, 32, 48, (0, 64, 0), 2), (2,)),
     "rank_16": (Case("several", 130, 32, 208, (0, 16, 0, 9, 0, 0, 16), 5), (2, 4, 5)),
     "rank_32": (Case("width past the last chunk", 77, 24, 112, (0, 32, 0), 2), (2,)),
+    "depths": (Case("ranks of every size", 90, 32, 80, (0, 1, 17, 0, 64, (0, 33, 5)), 4), (3,)),
     "rank_64": (Case("every row", 65, 32, 96, (0, 64, 64, 0, 0, 0, 64), 7, 0.0), (3, 4, 5)),
     "no_delta": (Case("no other experts but the base", 80, 16, 48, (0, 0, 0), 2, 0.3), (1, 2)),
 }
@@ -233,16 +236,17 @@ def test_rows_of_other_experts_are_added(name, dtype, device, way):
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_what_was_not_chosen_does_not_reach_a_sum(bad, device, way):
+@pytest.mark.parametrize("side, part", [(0, 1), (2, 0)], ids=("B of gate", "A of down"))
+def test_what_was_not_chosen_does_not_reach_a_sum(side, part, bad, device, way):
     dtype = torch.float32 if device == "cpu" or way == "triton" else torch.bfloat16
     case = CASES["rank_16"]
     inputs = make_inputs(case, device, dtype)
     ids = some_ids(case.tokens, len(case.ranks), case.top_k, 0.2).to(device)
-    inputs.sides[0][3][1].fill_(bad)  # B of gate: all of expert 3's h
+    inputs.sides[side][3][part].fill_(bad)  # all of expert 3's h, or what is shrunk of it
     mixed, s_down = fused(inputs, ids)
     chose = (ids == 3).any(1)
     assert mixed[~chose].isfinite().all() and s_down[~chose].isfinite().all()
-    assert not mixed[chose].isfinite().any()
+    assert not (s_down if side == 2 else mixed)[chose].isfinite().all(1).any()
 
 
 @pytest.mark.gpu

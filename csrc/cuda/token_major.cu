@@ -33,7 +33,8 @@ namespace {
 using namespace token_mix_impl;
 
 // ---- The factors in the order in which the steps read them: for each expert and chunk B_g, B_u
-// (rows: the chunk's columns) and A_d (rows: ranks), as operands; zero past the rank and the width.
+// (rows: the chunk's columns) and A_d (rows: ranks), as operands of the expert's own depth; zero
+// past the rank and the width.
 
 struct Factor {
     const uint16_t* data;
@@ -42,6 +43,7 @@ struct Factor {
 };
 struct Factors {
     Factor of[kMaxLowRank][3];  // gate, up, down of each place
+    int depth[kMaxLowRank];
 };
 
 template <int Rank>
@@ -52,9 +54,10 @@ __global__ void __launch_bounds__(256)
     const int chunk = blockIdx.x, num_chunks = gridDim.x, place = blockIdx.y, side = blockIdx.z;
     const Factor& f = factors.of[place][side];
     const bool is_down = side == 2;
-    const int depth = is_down ? kColumns : Rank, groups = depth / 8;
-    out += ((int64_t(place) * num_chunks + chunk) * 3 + side) * (kColumns * Rank / 8);
-    for (int i = threadIdx.x; i < kColumns * Rank / 8; i += blockDim.x) {
+    const int ranks = factors.depth[place], size = kColumns * ranks / 8;
+    const int depth = is_down ? kColumns : ranks, groups = depth / 8;
+    out += (int64_t(place) * num_chunks + chunk) * (3 * kColumns * Rank / 8) + side * size;
+    for (int i = threadIdx.x; i < size; i += blockDim.x) {
         const int row = i / groups, group = i % groups;
         union {
             uint16_t element[8];
@@ -230,7 +233,8 @@ std::tuple<Tensor, Tensor> token_mix(Tensor gate_TF, Tensor up_TF, Tensor weight
         if (x.place[e] >= 0) {
             STD_TORCH_CHECK(call.num_low_rank < most_low_rank, "token_mix: at most ", most_low_rank,
                             " low-rank experts");
-            ++call.num_low_rank;
+            x.depth[e] = most <= 16 ? 16 : most <= 32 ? 32 : 64;
+            call.factors.depth[call.num_low_rank++] = x.depth[e];
             largest = std::max(largest, most);
         }
         x.gate_at[e] = int(s_width), x.gate_rank[e] = int(padded(gate_ranks[e]));

@@ -1,121 +1,43 @@
 // The kernel of token_major.cu: what a block does. Compiled for sm_90a alone.
 #pragma once
 
-#include "token_major_block.cuh"
+#include "token_major_gather.cuh"
 
 namespace flexmore::cuda {
 namespace token_mix_impl {
 
-// Of one token: its rows of h from outside.
-template <int Rank>
-__device__ __forceinline__ void gather_rows(const Mix& m, Shared<Rank, true>& sh, int token,
-                                            int thread) {
-    int count = 0;
-    for (int k = 0; k < m.top_k && token >= 0; ++k) {
-        const int64_t slot = int64_t(token) * m.top_k + k;
-        if (m.row_slots[slot] < 0) continue;
-        sh.row[count][thread] = m.row_slots[slot];
-        sh.row_weight[count++][thread] = m.weights[slot];
-    }
-    atomicMax(&sh.num_rows, count);
-    for (; count < kMaxSet; ++count) sh.row[count][thread] = -1, sh.row_weight[count][thread] = 0;
-}
-
-// Which experts the block's tokens chose, with which weights; the tokens' rows of s.
-template <class T, int Rank, bool Rows>
-__device__ void gather(const Mix& m, Shared<Rank, Rows>& sh) {
-    const int thread = threadIdx.x;
-    if (thread == 0) {
-        sh.set = 0, sh.num_rows = 0;
-        for (int i = 0; i < sh.kStages; ++i) {
-            sh.stage_full[i].init(1);
-            sh.stage_empty[i].init(2 * kWarpgroup / 32);
-        }
-        for (int i = 0; i < sh.kHidden; ++i) {
-            sh.hidden_full[i].init(kWarpgroup);
-            sh.hidden_empty[i].init(kWarpgroup / 32);
-        }
-        fence_barrier_init();
-    }
-    __syncthreads();
-    int set = 0;
-    if (thread < kTokens) {
-        const int64_t place = int64_t(blockIdx.x) * kTokens + thread;
-        const int token = place < m.num_tokens ? m.token_order[place] : -1;
-        sh.token[thread] = token;
-        for (int e = 0; e < m.num_experts && token >= 0; ++e) {
-            set |= m.expert_to_row[int64_t(token) * m.num_experts + e] >= 0 ? 1 << e : 0;
-        }
-        atomicOr(&sh.set, set);
-    }
-    __syncthreads();
-    if (thread == 0) {
-        int count = 0;
-        for (int e = 0; e < m.num_experts; ++e) {
-            if ((sh.set >> e & 1) && m.experts.place[e] >= 0) sh.present[count++] = e;
-        }
-        sh.num_present = count;
-    }
-    __syncthreads();
-    if (thread < kTokens) {
-        const int token = sh.token[thread];
-        const auto weight_of = [&](int e) {
-            const int32_t row = m.expert_to_row[int64_t(token) * m.num_experts + e];
-            return m.weights[m.row_to_slot[row]];
-        };
-        int chosen = 0;
-        float base = 0;
-        for (int e = 0; e < m.num_experts; ++e) {
-            if ((set >> e & 1) && m.experts.place[e] < 0) {
-                base += weight_of(e);
-                chosen |= 1 << 31;
-            }
-        }
-        for (int i = 0; i < sh.num_present; ++i) {
-            const bool mine = set >> sh.present[i] & 1;
-            sh.weight[i][thread] = mine ? weight_of(sh.present[i]) : 0.0f;
-            chosen |= int(mine) << i;
-        }
-        sh.base_weight[thread] = base;
-        sh.chosen[thread] = chosen;
-        if constexpr (Rows) gather_rows(m, sh, token, thread);
-    }
-    constexpr int kGroups = Rank / 8;  // of 8 elements, 16 bytes
-    const T* s = static_cast<const T*>(m.s);
-    for (int i = thread; i < sh.num_present * 2 * kTokens * kGroups; i += kThreads<Rank>) {
-        const int group = i % kGroups, row = i / kGroups % kTokens, up = i / kGroups / kTokens % 2;
-        const int which = i / kGroups / kTokens / 2, e = sh.present[which];
-        const int at = up ? m.experts.up_at[e] : m.experts.gate_at[e];
-        const int rank = up ? m.experts.up_rank[e] : m.experts.gate_rank[e];
-        const int token = sh.token[row];
-        uint4 words{};
-        if (token >= 0 && 8 * group < rank) {
-            words = *reinterpret_cast<const uint4*>(s + token * m.s_width + at + 8 * group);
-        }
-        *reinterpret_cast<uint4*>(sh.s[which][up] + operand_offset(row, group, Rank)) = words;
-    }
-    fence_async_proxy();
-    __syncthreads();
-}
-
-// One thread: the factors of every step, in order: kExpanding chunks, each expert, each chunk.
+// The ranks that are computed of each present expert, in two bits: 16, 32, 64.
 template <class Shared>
-__device__ void copy_factors(const Mix& m, Shared& sh, int begin, int end) {
-    constexpr int kBytes = 3 * Shared::kFactor, kExpanding = Shared::kExpanding;
-    Ring<Shared::kStages> ring;
-    for (int chunk = begin; chunk < end; chunk += kExpanding) {
-        for (int i = 0; i < sh.num_present; ++i) {
-            const int64_t tile = int64_t(m.experts.place[sh.present[i]]) * m.num_chunks + chunk;
-            const auto* from = static_cast<const unsigned char*>(m.factors) + tile * kBytes;
-            for (int w = 0; w < kExpanding; ++w) {
-                sh.stage_empty[ring.slot].wait(ring.parity ^ 1);
-                sh.stage_full[ring.slot].arrive_expecting(kBytes);
-                copy_bulk(sh.stage[ring.slot], from + w * kBytes, kBytes,
-                          &sh.stage_full[ring.slot]);
-                ring.next();
-            }
-        }
-    }
+__device__ __forceinline__ int depths_of(const Shared& sh) {
+    int found = 0;
+    for (int i = 0; i < sh.num_present; ++i) found |= (sh.depth[i] / 32) << 2 * i;
+    return uniform(found);
+}
+__device__ __forceinline__ int depth_of(int depths, int i) { return 16 << (depths >> 2 * i & 3); }
+
+template <int Size, int Of>
+using First = float[Size < Of ? Size : Of];
+template <int Size, int Of>
+__device__ __forceinline__ First<Size, Of>& first_of(float (&d)[Of]) {
+    return reinterpret_cast<First<Size, Of>&>(d);
+}
+
+// Begins g = s b^T and u, each over Depth summed columns.
+template <class T, int Depth, int Size>
+__device__ __forceinline__ void two_products(float (&g)[Size], float (&u)[Size], uint64_t s,
+                                             uint64_t b, uint64_t s_up, uint64_t b_up) {
+    products_begin();
+    product<T, false, Depth>(g, s, b);
+    products_commit();
+    product<T, false, Depth>(u, s_up, b_up);
+    products_commit();
+}
+// Begins sums += h a^T of so many ranks.
+template <class T, int Columns, int Size>
+__device__ __forceinline__ void one_product(float (&sums)[Size], uint64_t h, uint64_t a) {
+    products_begin();
+    product<T, true, Columns>(sums, h, a);
+    products_commit();
 }
 
 // A thread's part of a chunk of G or U: of two rows, Columns / 4 neighbouring columns.
@@ -141,6 +63,7 @@ __device__ void expand(const Mix& m, Shared<Rank, Rows>& sh, int begin, int end,
     // Where this lane's row of the blocks that stmatrix stores lies in an h tile.
     const int stored = operand_offset(warp * 16 + lane / 8 % 2 * 8 + lane % 8, lane / 16, kColumns);
     const int present = uniform(sh.num_present), column = lane % 4 * (kColumns / 4);
+    const int depths = depths_of(sh);
     int64_t first[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) first[i] = max(sh.token[rows[i]], 0) * m.width;
@@ -214,14 +137,20 @@ __device__ void expand(const Mix& m, Shared<Rank, Rows>& sh, int begin, int end,
         }
         for (int e = 0; e < present; ++e) {
             float g[kColumns / 2], u[kColumns / 2];
+            const int depth = depth_of(depths, e);
             sh.stage_full[ring.slot].wait(ring.parity);
-            const uint64_t b = operand(stages + ring.slot * (3 * kFactor), Rank);
+            const uint64_t b = operand(stages + ring.slot * (3 * kFactor), depth);
             const uint64_t s = operands_s + e * (2 * kTokens * Rank * 2 / 16);
-            products_begin();
-            product<T, false, Rank>(g, s, b);
-            products_commit();
-            product<T, false, Rank>(u, s + kTokens * Rank * 2 / 16, b + kFactor / 16);
-            products_commit();
+            const uint64_t s_up = s + kTokens * Rank * 2 / 16,
+                           b_up = b + kFactor / Rank * depth / 16;
+            // Apart, since a branch among products costs a fence.
+            if (depth == Rank) {
+                two_products<T, Rank>(g, u, s, b, s_up, b_up);
+            } else if (Rank == 64 && depth == 32) {
+                two_products<T, 32>(g, u, s, b, s_up, b_up);
+            } else {
+                two_products<T, 16>(g, u, s, b, s_up, b_up);
+            }
             const float p[2] = {sh.weight[e][rows[0]], sh.weight[e][rows[1]]};
             sh.hidden_empty[hidden.slot].wait(hidden.parity ^ 1);
             products_wait<1>(g);
@@ -287,7 +216,8 @@ __device__ void shrink(const Mix& m, Shared<Rank, Rows>& sh, int begin, int end)
     const int lane = threadIdx.x % 32, warp = threadIdx.x % kWarpgroup / 32;
     const int present = uniform(sh.num_present);
     const uint64_t h_tiles = operand(shared_address(sh.hidden), kColumns);
-    const uint64_t factors = operand(shared_address(sh.stage) + 2 * kFactor, kColumns);
+    const int depths = depths_of(sh);
+    const uint64_t factors = operand(shared_address(sh.stage), kColumns);
     float sums[kMost][Rank / 2] = {};
     Ring<Sh::kStages> ring;
     Ring<Sh::kHidden> hidden;
@@ -295,15 +225,21 @@ __device__ void shrink(const Mix& m, Shared<Rank, Rows>& sh, int begin, int end)
 #pragma unroll
         for (int e = 0; e < kMost; ++e) {
             if (e >= present) continue;
+            const int depth = depth_of(depths, e);
 #pragma unroll 1
             for (int w = 0; w < kExpanding; ++w) {
                 sh.stage_full[ring.slot].wait(ring.parity);
                 sh.hidden_full[hidden.slot].wait(hidden.parity);
-                products_begin();
-                product<T, true, kColumns>(sums[e],
-                                           h_tiles + hidden.slot * (kTokens * kColumns * 2 / 16),
-                                           factors + ring.slot * (3 * kFactor / 16));
-                products_commit();
+                const uint64_t h = h_tiles + hidden.slot * (kTokens * kColumns * 2 / 16);
+                const uint64_t a =
+                    factors + (ring.slot * (3 * kFactor) + 2 * (kFactor / Rank) * depth) / 16;
+                if (depth == Rank) {
+                    one_product<T, kColumns>(sums[e], h, a);
+                } else if (Rank == 64 && depth == 32) {
+                    one_product<T, kColumns>(first_of<16>(sums[e]), h, a);
+                } else {
+                    one_product<T, kColumns>(first_of<8>(sums[e]), h, a);
+                }
                 products_wait<0>(sums[e]);
                 if (lane == 0) {
                     sh.stage_empty[ring.slot].arrive();
@@ -326,12 +262,14 @@ __device__ void shrink(const Mix& m, Shared<Rank, Rows>& sh, int begin, int end)
             const int at = m.experts.down_at[sh.present[e]];
             const int rank = m.experts.down_rank[sh.present[e]];
             const float p = sh.weight[e][row];
+            const uint32_t mask = sh.chosen[row] >> e & 1 ? ~0u : 0u;
 #pragma unroll
             for (int j = 0; j < Rank / 8; ++j) {
                 const int column = 8 * j + lane % 4 * 2;
+                const float* sum = &sums[e][4 * j + 2 * i];
                 if (column < rank) {
-                    *reinterpret_cast<float2*>(out + at + column) = {
-                        p * sums[e][4 * j + 2 * i], p * sums[e][4 * j + 2 * i + 1]};
+                    *reinterpret_cast<float2*>(out + at + column) = {selected(p * sum[0], mask),
+                                                                     selected(p * sum[1], mask)};
                 }
             }
         }

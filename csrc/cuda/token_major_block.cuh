@@ -54,9 +54,10 @@ __host__ __device__ __forceinline__ constexpr int column_of(int n) {
 }
 
 struct Experts {
-    // Of each expert: its place in the packed factors, or -1 if it has no delta; its columns of s
-    // and of s_down, and their number: multiples of 16, at most Rank.
-    int place[kMaxSet];
+    // Of each expert: its place in the packed factors, or -1 if it has no delta; the ranks that are
+    // computed, 16, 32 or 64 and at most Rank; its columns of s and of s_down, and their number:
+    // multiples of 16, at most that.
+    int place[kMaxSet], depth[kMaxSet];
     int gate_at[kMaxSet], gate_rank[kMaxSet];
     int up_at[kMaxSet], up_rank[kMaxSet];
     int down_at[kMaxSet], down_rank[kMaxSet];
@@ -79,10 +80,10 @@ struct Mix {
 template <int Rank, bool Rows>
 struct Shared {
     using Cut = token_mix_impl::Cut<Rank, Rows>;
-    static constexpr int kColumns = Cut::kColumns, kExpanding = Cut::kExpanding;
+    static constexpr int kRank = Rank, kColumns = Cut::kColumns, kExpanding = Cut::kExpanding;
     static constexpr int kStages = 4 * kExpanding;       // of factors
     static constexpr int kHidden = 2 * kExpanding;       // h tiles between expanding and shrinking
-    static constexpr int kFactor = kColumns * Rank * 2;  // bytes of one of B_g, B_u, A_d
+    static constexpr int kFactor = kColumns * Rank * 2;  // bytes of one of B_g, B_u, A_d, at most
     alignas(128) unsigned char s[kMaxLowRank][2][kTokens * Rank * 2];
     alignas(128) unsigned char stage[kStages][3 * kFactor];
     alignas(128) unsigned char hidden[kHidden][kTokens * kColumns * 2];
@@ -92,7 +93,7 @@ struct Shared {
     int chosen[kTokens];                 // bits: chosen entries of `present`; bit 31: base_weight
     int row[kMaxSet][kTokens];           // a token's entries of `row_slots`, from the first on; -1
     float row_weight[kMaxSet][kTokens];  // 0 where there is none
-    int present[kMaxLowRank], num_present, num_rows, set;
+    int present[kMaxLowRank], depth[kMaxLowRank], num_present, num_rows, set;
     Barrier stage_full[kStages], stage_empty[kStages], hidden_full[kHidden], hidden_empty[kHidden];
 };
 
