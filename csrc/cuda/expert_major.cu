@@ -38,7 +38,7 @@ __device__ __forceinline__ void arrive(uint32_t* counter) {
 __device__ __forceinline__ void wait_for(const uint32_t* counter, uint32_t blocks) {
     uint32_t seen;
     do {
-        asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
     } while (seen < blocks);
 }
 
@@ -208,9 +208,7 @@ void launch(Sweep& p, const Tensor& like) {
     p.slots = static_cast<int>(launch.slots);
     p.tiles_per_warp = static_cast<int>(launch.tiles_per_warp);
     p.staged_experts = static_cast<int>(launch.staged_experts);
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(launch.shared_bytes)),
-               "cudaFuncSetAttribute");
+    allow_shared_memory(kernel, "sweep");
     for (int64_t pass = 0; pass < launch.passes; ++pass) {
         p.first_token = static_cast<int>(p.num_tokens * pass / launch.passes);
         p.last_token = static_cast<int>(p.num_tokens * (pass + 1) / launch.passes);

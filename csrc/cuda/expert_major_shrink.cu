@@ -130,8 +130,7 @@ void launch(const Shrink& p, int64_t num_rows, cudaStream_t stream) {
     const int64_t busy = std::min<int64_t>(num_rows, p.num_experts);
     const int tables = 4 * (p.num_experts + 1), bytes = std::max(tables, kAhead * kStepBytes<Rank>);
     const auto kernel = shrink_rows_kernel<T, Rank>;
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-               "cudaFuncSetAttribute");
+    allow_shared_memory(kernel, "shrink_rows");
     const unsigned grid = grid_size(busy + (num_rows - busy) / kBlockRows);
     kernel<<<grid, 32 * kWarps, bytes, stream>>>(p);
     check_launch("shrink_rows");

@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kThreads)
         if (in.bias && e > 0) {
             with_dtype(in.bias, in.bias_dtype, [&](const auto* bias) {
                 const A b = A(to_acc(bias[e - 1]));
-                v = A(v) + (b < 0 ? b : A(0));
+                v = A(v) + (b > 0 ? A(0) : b);
             });
         }
         return v;

@@ -125,7 +125,7 @@ struct Token {
                     const int e = lane + j * Lanes;
                     if ((allowed >> j & 1) && e > 0) {
                         const A b = A(to_acc(bias[e - 1]));
-                        v[j] += b < 0 ? b : A(0);
+                        v[j] += b > 0 ? A(0) : b;
                     }
                 }
             });
