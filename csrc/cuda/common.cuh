@@ -48,6 +48,20 @@ void launch_with(cudaLaunchAttribute* with, Kernel kernel, unsigned blocks, int 
     check_cuda(cudaLaunchKernelEx(&config, kernel, args...), name);
 }
 
+// Lets a kernel be launched with as much dynamic shared memory as a block can have: always the
+// same, since the limit is the kernel's own, whichever thread launches it with how many bytes.
+template <class Kernel>
+void allow_shared_memory(Kernel kernel, const char* name) {
+    cudaFuncAttributes fixed{};
+    int device = 0;
+    check_cuda(cudaGetDevice(&device), name);
+    check_cuda(cudaFuncGetAttributes(&fixed, kernel), name);
+    const int most = attribute(device, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    most - int(fixed.sharedSizeBytes)),
+               name);
+}
+
 // Launches blocks that may wait for each other: all run at the same time, or the launch fails.
 template <class... Args>
 void launch_together(void (*kernel)(Args...), int blocks, int threads, size_t shared,
@@ -185,13 +199,30 @@ __device__ __forceinline__ float silu_of_half(float half) {
     asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(half));
     return fmaf(half, t, half);
 }
+// g sigmoid(g), for T as exact as that needs.
+template <class T>
+__device__ __forceinline__ float silu_for(float g) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        return silu_of_half(0.5f * g);
+    } else {
+        return silu(g);
+    }
+}
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
-// Asks for a line of global memory, into L2.
+// Asks for a line of global memory, or on Hopper some of its sectors, into L2.
 __device__ __forceinline__ void prefetch_l2(const void* p) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+// Asks for `bytes` bytes, a multiple of 16 as their address is, into L2.
+__device__ __forceinline__ void prefetch_l2(const void* from, int bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#else
+    for (int i = 0; i < bytes; i += 128) prefetch_l2(static_cast<const char*>(from) + i);
+#endif
 }
 
 // Whether rows of `bytes` bytes that start at p can be accessed `width` bytes at a time.

@@ -124,16 +124,6 @@ __device__ __forceinline__ void multiply(Shared& sh, Ring<kStages>& ring, int st
     if (before) release(before);
 }
 
-// g sigmoid(g), for bfloat16 as exact as that needs.
-template <class T>
-__device__ __forceinline__ float silu_for(float g) {
-    if constexpr (std::is_same_v<T, __half>) {
-        return silu(g);
-    } else {
-        return silu_of_half(0.5f * g);
-    }
-}
-
 // Among the four threads that share a row of a product's result: words[m] of thread q and words[q]
 // of thread m change places. So 4 pairs of columns, 8 apart, and 8 columns in a row are the same.
 // Not needed where the right operand's rows came in the threads' order.

@@ -104,10 +104,7 @@ __device__ __forceinline__ void wait_for_previous() {
 template <class Kernel, class... Args>
 void launch_after(Kernel kernel, unsigned grid, int threads, size_t shared, const Tensor& on,
                   const char* name, const Args&... args) {
-    if (shared > 0)
-        check_cuda(
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)),
-            name);
+    if (shared > 0) allow_shared_memory(kernel, name);
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                     cudaSharedmemCarveoutMaxShared),
                name);

@@ -18,16 +18,17 @@ constexpr int kMostExperts = 32;
 
 template <class T>
 __global__ void __launch_bounds__(kRouteThreads)
-    route_linear_kernel(Inputs in, const T* __restrict__ x, const T* __restrict__ router, int width,
-                        T* logits, float* __restrict__ weights, int64_t* __restrict__ indices) {
+    route_linear_kernel(Inputs in, const T* x, const T* router, int width, T* logits,
+                        float* __restrict__ weights, int64_t* __restrict__ indices) {
     __shared__ float partial[kRouteWarps][kMostExperts];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int64_t t = blockIdx.x;
     launch_dependents();
     // Into L2 only, where what another kernel may still write is seen.
-    for (int64_t i = (t * kRouteThreads + threadIdx.x) * 64; i < int64_t(in.num_experts) * width;
+    const int64_t numel = int64_t(in.num_experts) * width;
+    for (int64_t i = (t * kRouteThreads + threadIdx.x) * 64; i < numel;
          i += int64_t(gridDim.x) * kRouteThreads * 64)
-        prefetch_l2(router + i);
+        prefetch_l2(router + i, int(min(numel - i, int64_t(64))) * int(sizeof(T)));
     wait_for_previous();
     for (int first = 0; first < in.num_experts; first += kAtOnce) {
         float sums[kAtOnce] = {};
