@@ -1,9 +1,9 @@
 // How the kernels for few tokens (cuda/experts.cu) share the weights among their thread blocks:
 // plain arithmetic, without CUDA or torch, so that tests can check it for any size without a GPU.
 //
-// A product's weights are cut into units, a block of rows by a chunk of columns; units lie in line
-// and each thread block takes neighbours, equal bytes each. It depends on the layer and the device
-// alone, not on the tokens: a token gets the same bits in any company.
+// The down projection's weights are cut into units, a block of rows by a chunk of columns; units
+// lie in line and each thread block takes neighbours, equal bytes each. It depends on the layer and
+// the device alone, not on the tokens: a token gets the same bits in any company.
 #pragma once
 
 #include "launch.h"
@@ -11,13 +11,15 @@
 namespace flexmore::cuda::decode {
 
 constexpr int kMaxExperts = 16;
-constexpr int kMaxBlocks = 256;   // thread blocks of a launch, at most one a multiprocessor
-constexpr int kChunk = 64;        // columns of a chunk: 128 bytes of a weight's row
-constexpr int kStages = 4;        // chunks in a product's ring of shared memory
-constexpr int kMaxRows = 192;     // of a block of a product with all columns
-constexpr int kMaxRowsOut = 128;  // of a block whose columns are shared
-// What a unit costs beside its rows, in rows: its tokens, barriers, latencies.
-constexpr int kUnitCost = 96;
+constexpr int kMaxBlocks = 256;  // thread blocks of a launch, at most one a multiprocessor
+constexpr int kChunk = 64;       // columns of a chunk: 128 bytes of a weight's row
+constexpr int kStages = 4;       // chunks in a product's ring of shared memory
+constexpr int kMaxRows = 128;    // of a block of a product
+// What a unit costs, in rows: its own, but no less than its way from memory takes, of which the
+// ring hides three quarters; its tokens; and, of an expert's, that parts are summed at the end.
+constexpr int kLeastCost = 120;
+constexpr int kTokensCost = 16;
+constexpr int kSumCost = 24;
 
 // Where block `block` of so many starts: rows, cut as evenly as can be. (In 32 bits: 64-bit
 // divisions are slow, and these products stay below 2^31.)
@@ -58,55 +60,48 @@ struct Work {
     }
 };
 
-// An expansion: rows of a block at most; chunks in its ring of shared memory, in pairs, which are
-// copied and waited for together.
+// An expansion: rows of a block at most (of gate and of up, or of down); chunks in its ring of
+// shared memory, in pairs, which are copied and waited for together; and the bytes of a row of gate
+// and up, in floats, where registers do not hold them.
 constexpr int expand_rows(bool down) { return down ? 32 : 96; }
-constexpr int expand_pairs(bool down, int tokens) { return down || tokens < 64 ? 3 : 2; }
+constexpr int expand_pairs(bool, int tokens) { return tokens < 64 ? 4 : 3; }
 constexpr int expand_slots(bool down, int tokens) { return 2 * expand_pairs(down, tokens); }
-
+constexpr int base_row_bytes(int tokens) { return tokens < 32 ? 0 : 2 * 4 * (tokens + 8); }
 // How the rows of an expansion are cut: thread block i takes per_block blocks from i * per_block
 // on.
 struct Cut {
     int rows, blocks, per_block, tile_rows;
 
     FM_HOST_DEVICE int grid() const { return (blocks + per_block - 1) / per_block; }
+    int bytes(bool down, int tokens) const {
+        return expand_slots(down, tokens) * (tile_rows + tokens) * 128 +
+               (down ? 0 : tile_rows * base_row_bytes(tokens));
+    }
 };
 
 inline int round_up(int64_t value, int to) { return int(ceil_div(value, to) * to); }
 
-// The shared memory of a thread block of a product, and of one of an expansion: one of each fits on
-// a multiprocessor of `shared` bytes, two of a product do not, so that no multiprocessor gets two
-// of them while another has none. The rest is what kernels declare and the system's.
+// The shared memory of a thread block of a product, and of an expansion: one of down's fits beside
+// one of a product on a multiprocessor of `shared` bytes, two of a product do not, so that no
+// multiprocessor gets two of them while another has none. The rest is what kernels declare and the
+// system's.
 inline int product_bytes(int shared) { return (shared / 100 * 55 - 1280) / 128 * 128; }
-inline int expand_bytes(int shared) { return (shared - shared / 100 * 55 - 7168) / 128 * 128; }
-
-// Weight rows of a block so that `slots` of its chunks, with as many rows for tokens, fit.
-inline int most_rows(int bytes, int slots, int tokens, int most) {
-    return std::max(16, std::min(most, (bytes / slots / 128 - tokens) / 16 * 16));
+inline int expand_bytes(bool down, int shared) {
+    return (shared - (down ? shared / 100 * 55 : 0) - 7168) / 128 * 128;
 }
 
-// Equal blocks of rows with all columns, so that no sum is cut.
-inline void plan_in(Work& work, int rows, int width, int processors, int bytes, int tokens) {
-    const int most = most_rows(bytes, kStages, tokens, kMaxRows);
-    const int64_t blocks = rows >= 16 * processors
-                               ? processors * ceil_div(rows, int64_t(processors) * most)
-                               : ceil_div(rows, 16);
-    work.width = width;
-    work.chunks = int(ceil_div(width, kChunk));
-    work.num_groups = 1;
-    work.total_rows = rows;
-    work.parts = 1;
-    work.groups[0] = {rows, int(blocks), 0, 0, -1};
-    work.grid = int(std::min<int64_t>(processors, blocks));
-    for (int i = 0; i <= work.grid; ++i) work.start[i] = int(blocks / work.grid * i * work.chunks);
-    work.tile_rows = round_up(ceil_div(rows, blocks), 16);
+// Weight rows of a block so that `slots` of its chunks, with as many rows for tokens, fit, and
+// `more` bytes a row.
+inline int most_rows(int bytes, int slots, int tokens, int most, int more = 0) {
+    const int rows = (bytes - slots * tokens * 128) / (slots * 128 + more);
+    return std::max(16, std::min(most, rows / 16 * 16));
 }
 
 // The base's rows and those of each expert's factor (ranks, 0 for none), each with its own right
 // operand; columns are shared so that all thread blocks have as much to do.
-inline void plan_out(Work& work, int rows, int width, const int* ranks, int num_experts,
-                     int processors, int bytes) {
-    const int most = most_rows(bytes, kStages, 64, kMaxRowsOut);
+inline void plan_product(Work& work, int rows, int width, const int* ranks, int num_experts,
+                         int processors, int bytes) {
+    const int most = most_rows(bytes, kStages, 64, kMaxRows);
     work.width = width;
     work.chunks = int(ceil_div(width, kChunk));
     int64_t costs[kMaxExperts + 2] = {0};
@@ -115,7 +110,7 @@ inline void plan_out(Work& work, int rows, int width, const int* ranks, int num_
         const int blocks = int(ceil_div(group_rows, most)), g = work.num_groups++;
         const int block_rows = int(ceil_div(group_rows, blocks));
         work.groups[g] = {group_rows, blocks, unit, row, expert};
-        unit_cost[g] = block_rows + kUnitCost;
+        unit_cost[g] = std::max(block_rows, kLeastCost) + kTokensCost + (expert < 0 ? 0 : kSumCost);
         costs[g + 1] = costs[g] + int64_t(blocks) * work.chunks * unit_cost[g];
         unit += blocks * work.chunks;
         row += group_rows;
@@ -142,9 +137,11 @@ inline void plan_out(Work& work, int rows, int width, const int* ranks, int num_
     work.tile_rows = round_up(tallest, 16);
 }
 
-inline void plan_cut(Cut& cut, bool down, int rows, int processors, int bytes, int tokens) {
+inline void plan_cut(Cut& cut, bool down, int rows, int processors, int shared, int tokens) {
+    const int bytes = expand_bytes(down, shared);
     const bool fills = rows >= 16 * processors;
-    const int most = most_rows(bytes, expand_slots(down, tokens), tokens, expand_rows(down));
+    const int most = most_rows(bytes, expand_slots(down, tokens), tokens, expand_rows(down),
+                               down ? 0 : base_row_bytes(tokens));
     cut.rows = rows;
     cut.per_block = fills ? int(ceil_div(rows, int64_t(processors) * most)) : 1;
     cut.blocks = fills ? processors * cut.per_block : int(ceil_div(rows, 16));

@@ -66,7 +66,7 @@ py::dict work(const decode::Work& work) {
 
 py::dict decode_cut(bool down, int rows, int processors, int shared, int tokens) {
     decode::Cut cut{};
-    decode::plan_cut(cut, down, rows, processors, decode::expand_bytes(shared), tokens);
+    decode::plan_cut(cut, down, rows, processors, shared, tokens);
     py::dict found;
     found["rows"] = cut.rows;
     found["blocks"] = cut.blocks;
@@ -75,6 +75,8 @@ py::dict decode_cut(bool down, int rows, int processors, int shared, int tokens)
     found["grid"] = cut.grid();
     found["most_rows"] = decode::expand_rows(down);
     found["slots"] = decode::expand_slots(down, tokens);
+    found["bytes"] = cut.bytes(down, tokens);
+    found["most_bytes"] = decode::expand_bytes(down, shared);
     return found;
 }
 
@@ -86,24 +88,20 @@ py::dict decode_plan(int64_t hidden, int64_t width, const std::vector<int64_t>& 
     check_range("shared", shared, 1 << 16, 1 << 20);
     check_range("tokens", tokens, 8, 64);
     check_range("len(ranks)", int64_t(ranks.size()), 1, decode::kMaxExperts);
-    int sum = 0;
     std::vector<int> narrow;
     for (const int64_t rank : ranks) {
         check_range("rank", rank, 0, 1 << 16);
         narrow.push_back(int(rank));
-        sum += int(rank);
     }
-    const auto in = std::make_unique<decode::Work>(), out = std::make_unique<decode::Work>();
-    const int product = decode::product_bytes(int(shared)), T = int(tokens), P = int(processors);
-    decode::plan_in(*in, 2 * int(width) + 2 * sum, int(hidden), P, product, T);
-    decode::plan_out(*out, int(hidden), int(width), narrow.data(), int(narrow.size()), P, product);
+    const auto product = std::make_unique<decode::Work>();
+    const int bytes = decode::product_bytes(int(shared)), T = int(tokens), P = int(processors);
+    decode::plan_product(*product, int(hidden), int(width), narrow.data(), int(narrow.size()), P,
+                         bytes);
     py::dict found;
-    found["in"] = work(*in);
-    found["out"] = work(*out);
+    found["product"] = work(*product);
     found["cut_in"] = decode_cut(false, int(width), P, int(shared), T);
     found["cut_down"] = decode_cut(true, int(hidden), P, int(shared), T);
-    found["product_bytes"] = product;
-    found["expand_bytes"] = decode::expand_bytes(int(shared));
+    found["product_bytes"] = bytes;
     return found;
 }
 

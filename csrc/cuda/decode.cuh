@@ -1,4 +1,4 @@
-// The layer for a few tokens: what its four kernels share. The design: experts.cu.
+// The layer for a few tokens: what its kernels share. The design: experts.cu.
 #pragma once
 
 #include "../decode_plan.h"
@@ -7,10 +7,8 @@
 namespace flexmore::cuda {
 namespace decode {
 
-constexpr int kThreads = 256;  // of a product
-constexpr int kWarps = kThreads / 32;
-// Chunks of weights that a product asks for, into L2, while the kernel before it still runs; the
-// second one has its ring filled besides.
+// Chunks of weights that the product asks for, into L2, while the kernel before still runs, besides
+// those that fill its ring.
 constexpr int kPrefetch = 4;
 
 // One projection of one low-rank expert: a (rank, in), b (out, rank) of row stride ld.
@@ -31,31 +29,56 @@ struct Problem {
     int T, D, F, K, E, ranks_in, num_counters;
     Cut cut_in, cut_down;
     // Between the kernels, tokens padded to TP: a row a feature.
-    float* base_in;  // (2 F, TP): G and U
-    char* s_in;      // (ranks_in, TP): A_gate x, A_up x
-    char* mixed;     // (F, TP): sum of p_e h_e
-    char* hidden;    // (E, F, TP): p_e h_e
-    float* planes;   // (planes, D + ranks_down, TP): parts of W_d mixed and A_d p_e h_e
-    char* s_down;    // (ranks_down, TP)
-    int* counters;   // parts that are there of each block of A_d
-    char* y;         // (T, D)
+    char* s_in;     // (ranks_in, TP): A_gate x, A_up x
+    char* mixed;    // (F, TP): sum of p_e h_e
+    char* hidden;   // (E, F, TP): p_e h_e
+    float* planes;  // (planes, D + ranks_down, TP): parts of W_d mixed and A_d p_e h_e
+    char* s_down;   // (ranks_down, TP)
+    int* counters;  // parts that are there of each block of A_d
+    char* y;        // (T, D)
 };
 
-// Bit e: some token chose expert e. All threads call it; synchronises.
-template <int Threads>
-__device__ __forceinline__ unsigned active_experts(const Problem& p, unsigned* shared) {
-    if (threadIdx.x == 0) *shared = 0;
-    __syncthreads();
-    unsigned mine = 0;
-    for (int i = threadIdx.x; i < p.T * p.K; i += Threads) {
-        const int64_t e = __ldcg(p.indices + i);
-        if (e >= 0 && e < p.E) mine |= 1u << e;
+// The experts that tokens chose, T K slots dealt to the threads of a block, and their weights if
+// asked for. The first ones are loaded where this is made: ahead of copies, for which later loads
+// would have to wait.
+template <int Threads, bool kWeights = false>
+struct Choices {
+    static constexpr int kAhead = 2;
+    const Problem& p;
+    int64_t expert[kAhead];
+    float weight[kAhead];
+
+    __device__ explicit Choices(const Problem& problem) : p(problem) {
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            const int slot = threadIdx.x + i * Threads;
+            expert[i] = slot < p.T * p.K ? __ldcg(p.indices + slot) : -1;
+            weight[i] = kWeights && slot < p.T * p.K ? __ldcg(p.weights + slot) : 0;
+        }
     }
-    mine = __reduce_or_sync(kFullWarp, mine);
-    if (threadIdx.x % 32 == 0 && mine) atomicOr(shared, mine);
-    __syncthreads();
-    return *shared;
-}
+    // f(slot, expert, weight)
+    template <class F>
+    __device__ void for_each(const F& f) const {
+        const auto call = [&](int slot, int64_t e, float w) {
+            if (e >= 0 && e < p.E) f(slot, int(e), w);
+        };
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) call(threadIdx.x + i * Threads, expert[i], weight[i]);
+        for (int slot = threadIdx.x + kAhead * Threads; slot < p.T * p.K; slot += Threads)
+            call(slot, __ldcg(p.indices + slot), kWeights ? __ldcg(p.weights + slot) : 0);
+    }
+    // Bit e: some token chose expert e. All threads call it; synchronises.
+    __device__ unsigned active(unsigned* shared) const {
+        if (threadIdx.x == 0) *shared = 0;
+        __syncthreads();
+        unsigned mine = 0;
+        for_each([&](int, int e, float) { mine |= 1u << e; });
+        mine = __reduce_or_sync(kFullWarp, mine);
+        if (threadIdx.x % 32 == 0 && mine) atomicOr(shared, mine);
+        __syncthreads();
+        return *shared;
+    }
+};
 
 // The value, in a way that it stays in a register and is not computed anew at each use.
 __device__ __forceinline__ uint32_t kept(uint32_t value) {

@@ -1,6 +1,5 @@
-// x against the rows of W_gate, W_up and every A_gate, A_up; or mixed, p_e h_e against the rows of
-// W_down and every A_down: weights stream once through a ring of shared memory, rows of weights are
-// the rows of the tensor cores' products, tokens the columns.
+// Mixed, p_e h_e against the rows of W_down and every A_down: weights stream once through a ring of
+// shared memory, rows of weights are the rows of the tensor cores' products, tokens the columns.
 #pragma once
 
 #include "decode.cuh"
@@ -58,37 +57,18 @@ struct Units {
     }
 };
 
-// Where row `row` of a group starts. A row that is not needed, its expert not chosen, is another's:
-// one that is read anyway, so that it costs no memory traffic.
-template <class T, bool kIn>
-__device__ __forceinline__ const char* row_start(const Problem& p, const Group& group, int row,
-                                                 unsigned active) {
-    if constexpr (kIn) {
-        const int64_t bytes = int64_t(p.D) * sizeof(T);
-        if (row < p.F) return p.base[0] + row * bytes;
-        if (row < 2 * p.F) return p.base[1] + (row - p.F) * bytes;
-        const int r = row - 2 * p.F;
-        for (int side = 0; side < 2; ++side) {
-            for (int e = 0; e < p.E; ++e) {
-                const Pair& pair = p.pairs[side][e];
-                if ((active >> e & 1) && r >= pair.first && r < pair.first + pair.rank)
-                    return pair.a + (r - pair.first) * bytes;
-            }
-        }
-        return p.base[1];
-    } else {
-        const int64_t bytes = int64_t(p.F) * sizeof(T);
-        return (group.expert < 0 ? p.base[2] : p.pairs[2][group.expert].a) + row * bytes;
-    }
-}
-
-template <class T, int TP, bool kIn>
+template <class T, int TP>
 struct Product {
-    static constexpr int kTiles = TP / 8;
-    static constexpr int kPerWarp = (kMaxRows / 16 + kWarps - 1) / kWarps;
-    static constexpr int kRowsAtOnce = kThreads / 8;
-
+    static constexpr int kBlockThreads = 256;
+    // With many tokens two warps share rows: that is the least to read from shared memory.
+    static constexpr int kAcross = TP == 64 ? 2 : 1;
+    static constexpr int kTiles = TP / 8 / kAcross;  // of tokens, of a warp
+    static constexpr int kRowWarps = kBlockThreads / 32 / kAcross;
+    static constexpr int kPerWarp = (kMaxRows / 16 + kRowWarps - 1) / kRowWarps;  // tiles of rows
+    static constexpr int kRowsAtOnce = kBlockThreads / 8;
     static constexpr int kRowsOfThread = kMaxRows / kRowsAtOnce;
+    static constexpr int kWords = TP / 8;  // of a row of tokens
+    using Sums = float[kPerWarp][kTiles][4];
 
     const Problem& p;
     const Work& work;
@@ -103,40 +83,37 @@ struct Product {
           work(units),
           tokens_at(units.tile_rows * 128),
           stage_bytes((units.tile_rows + TP) * 128) {
-        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, thread = threadIdx.x;
+        const int lane = threadIdx.x % 32, thread = threadIdx.x;
         ring = kept(shared_address(shared));
         copy_lane = kept(swizzled(thread / 8, thread % 8));
-        copy_tokens_lane =
-            kept(tokens_at + (kIn ? swizzled(thread / 8, thread % 8)
-                                  : swizzled_tokens<TP>(thread / kTiles, thread % kTiles)));
-        weights_lane = kept(warp * 2048 + swizzled(lane % 16, lane / 16));
-        tokens_lane = kept(tokens_at + token_lane<TP, kTiles, !kIn>(0, lane));
+        copy_tokens_lane = kept(tokens_at + swizzled_tokens<TP>(thread / kWords, thread % kWords));
+        weights_lane = kept(row_tile() * 2048 + swizzled(lane % 16, lane / 16));
+        tokens_lane = kept(tokens_at + token_lane<TP, kTiles, true>(token_tile(), lane));
     }
 
+    __device__ const char* row_start(const Group& group, int row) const {
+        return (group.expert < 0 ? p.base[2] : p.pairs[2][group.expert].a) +
+               row * int64_t(p.F) * sizeof(T);
+    }
     __device__ void begin_block(const Units& at) {
         const Group& group = work.groups[at.group];
         const int thread = threadIdx.x;
 #pragma unroll
         for (int i = 0; i < kRowsOfThread; ++i) {
             const int row = min(thread / 8 + i * kRowsAtOnce, at.count - 1);
-            rows[i] = row_start<T, kIn>(p, group, at.first + row, at.active) +
-                      (at.chunk * kChunk + thread % 8 * 8) * sizeof(T);
+            rows[i] =
+                row_start(group, at.first + row) + (at.chunk * kChunk + thread % 8 * 8) * sizeof(T);
         }
-        if constexpr (kIn) {
-            operand = p.x + (int64_t(thread / 8) * p.D + at.chunk * kChunk + thread % 8 * 8) *
-                                int64_t(sizeof(T));
-        } else {
-            operand = group.expert < 0 ? p.mixed
-                                       : p.hidden + int64_t(group.expert) * p.F * TP * sizeof(T);
-            operand += int64_t(at.chunk) * (kChunk * TP * sizeof(T)) + thread * 16;
-        }
+        operand =
+            group.expert < 0 ? p.mixed : p.hidden + int64_t(group.expert) * p.F * TP * sizeof(T);
+        operand += int64_t(at.chunk) * (kChunk * TP * sizeof(T)) + thread * 16;
     }
     // Copies the chunk's weights, its tokens, or both, into the stage at `to`, and goes on to the
     // next chunk of the block.
     __device__ void copy(const Units& at, uint32_t to, bool weights, bool tokens) {
-        const int thread = threadIdx.x, column = at.chunk * kChunk + thread % 8 * 8;
+        const int thread = threadIdx.x;
         if (weights) {
-            const bool inside = column < work.width;
+            const bool inside = at.chunk * kChunk + thread % 8 * 8 < work.width;
 #pragma unroll
             for (int i = 0; i < kRowsOfThread; ++i) {
                 if (thread / 8 + i * kRowsAtOnce < at.count)
@@ -147,81 +124,64 @@ struct Product {
         for (int i = 0; i < kRowsOfThread; ++i) rows[i] += kChunk * sizeof(T);
         if (tokens) {
 #pragma unroll
-            for (int i = 0; i < TP * 8; i += kThreads) {
-                if (TP * 8 < kThreads && thread >= TP * 8) break;
-                const bool valid = kIn ? thread / 8 + i / 8 < p.T && column < work.width
-                                       : at.chunk * kChunk + (thread + i) / kTiles < work.width;
-                const char* from =
-                    operand + (kIn ? int64_t(i / 8) * p.D * int64_t(sizeof(T)) : int64_t(i) * 16);
-                copy_async<16>(to + copy_tokens_lane + i * 16, from, valid);
+            for (int i = 0; i < TP * 8; i += kBlockThreads) {
+                if (TP * 8 < kBlockThreads && thread >= TP * 8) break;
+                const bool valid = at.chunk * kChunk + (thread + i) / kWords < work.width;
+                copy_async<16>(to + copy_tokens_lane + i * 16, operand + i * 16, valid);
             }
         }
-        operand += kIn ? kChunk * sizeof(T) : kChunk * TP * sizeof(T);
+        operand += kChunk * TP * sizeof(T);
     }
-    __device__ void multiply(float (&c)[kPerWarp][kTiles][4], uint32_t from, int tiles) const {
-        const int warp = threadIdx.x / 32;
-        if (warp >= tiles) return;
-        const bool both = warp + kWarps < tiles;
+    __device__ int row_tile() const { return threadIdx.x / 32 / kAcross; }
+    __device__ int token_tile() const { return threadIdx.x / 32 % kAcross * kTiles; }
+    // Adds the product of a stage of so many tiles of rows.
+    __device__ void multiply(Sums& c, uint32_t from, int tiles) const {
+        if (row_tile() >= tiles) return;
         const uint32_t weights = from + weights_lane, tokens = from + tokens_lane;
         // So many steps' fragments at once as registers hold: their latencies overlap.
-        constexpr int kAtOnce = TP <= 16 ? 4 : TP == 32 ? 2 : 1;
+        constexpr int kAtOnce = TP <= 16 ? 4 : 2;
 #pragma unroll
         for (int first = 0; first < kChunk / 16; first += kAtOnce) {
-            uint32_t b[kAtOnce][kTiles][2], a[kAtOnce][4];
+            uint32_t b[kAtOnce][kTiles][2];
 #pragma unroll
-            for (int i = 0; i < kAtOnce; ++i) {
-                load_tokens<TP, kTiles, !kIn>(b[i], tokens, first + i);
-                load_matrices(a[i], weights ^ ((first + i) << 5));
+            for (int i = 0; i < kAtOnce; ++i)
+                load_tokens<TP, kTiles, true>(b[i], tokens, first + i);
+#pragma unroll
+            for (int j = 0; j < kPerWarp; ++j) {
+                if (j && row_tile() + j * kRowWarps >= tiles) break;
+                uint32_t a[kAtOnce][4];
+#pragma unroll
+                for (int i = 0; i < kAtOnce; ++i)
+                    load_matrices(a[i], (weights ^ ((first + i) << 5)) + j * kRowWarps * 2048);
+#pragma unroll
+                for (int i = 0; i < kAtOnce; ++i)
+#pragma unroll
+                    for (int n = 0; n < kTiles; ++n) mma<T>(c[j][n], a[i], b[i][n]);
             }
-#pragma unroll
-            for (int i = 0; i < kAtOnce; ++i)
-#pragma unroll
-                for (int n = 0; n < kTiles; ++n) mma<T>(c[0][n], a[i], b[i][n]);
-            if (!both) continue;
-#pragma unroll
-            for (int i = 0; i < kAtOnce; ++i)
-                load_matrices(a[i], (weights ^ ((first + i) << 5)) + kWarps * 2048);
-#pragma unroll
-            for (int i = 0; i < kAtOnce; ++i)
-#pragma unroll
-                for (int n = 0; n < kTiles; ++n) mma<T>(c[1][n], a[i], b[i][n]);
         }
     }
-    // Writes the block's sums, or this thread block's part of them.
-    __device__ void store(const float (&c)[kPerWarp][kTiles][4], const Units& at) const {
-        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    // Writes this thread block's part of the block's sums.
+    __device__ void store(const Sums& c, const Units& at) const {
+        const int lane = threadIdx.x % 32;
         const Group& g = work.groups[at.group];
-        float* plane = nullptr;
-        if constexpr (!kIn) {
-            const int part = int(blockIdx.x) - work.owner(g.first_unit + at.block * work.chunks);
-            plane = p.planes + (int64_t(part) * work.total_rows + g.first_row) * TP;
-        }
+        const int part = int(blockIdx.x) - work.owner(g.first_unit + at.block * work.chunks);
+        float* plane = p.planes + (int64_t(part) * work.total_rows + g.first_row) * TP;
 #pragma unroll
         for (int j = 0; j < kPerWarp; ++j) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const int local = (warp + j * kWarps) * 16 + half * 8 + lane / 4;
+                const int local = (row_tile() + j * kRowWarps) * 16 + half * 8 + lane / 4;
                 const int64_t row = at.first + local;
                 if (local >= at.count) continue;
 #pragma unroll
                 for (int n = 0; n < kTiles; ++n) {
-                    const float2 pair{c[j][n][half * 2], c[j][n][half * 2 + 1]};
-                    const int t = n * 8 + lane % 4 * 2;
-                    if constexpr (!kIn) {
-                        *reinterpret_cast<float2*>(plane + row * TP + t) = pair;
-                    } else if (row < 2 * p.F) {
-                        *reinterpret_cast<float2*>(p.base_in + row * TP + t) = pair;
-                    } else {
-                        *reinterpret_cast<uint32_t*>(p.s_in +
-                                                     ((row - 2 * p.F) * TP + t) * sizeof(T)) =
-                            pack_pair<T>(pair.x, pair.y);
-                    }
+                    const int t = (token_tile() + n) * 8 + lane % 4 * 2;
+                    *reinterpret_cast<float2*>(plane + row * TP + t) = {c[j][n][half * 2],
+                                                                        c[j][n][half * 2 + 1]};
                 }
             }
         }
-        if constexpr (!kIn) {
-            if (g.expert >= 0) sum_parts(at);
-        }
+        if (g.expert >= 0) sum_parts(at);
     }
     // Of a block of A_down: whoever writes the last part sums all of them, in their order.
     __device__ void sum_parts(const Units& at) const {
@@ -241,73 +201,80 @@ struct Product {
         __threadfence();
         const int64_t from = (int64_t(g.first_row) + at.first) * TP;
         const int64_t to = (int64_t(p.pairs[2][g.expert].first) + at.first) * TP;
-        for (int i = threadIdx.x * 2; i < at.count * TP; i += kThreads * 2) {
-            float2 sum{0, 0};
-            for (int part = 0; part < parts; ++part) {
-                const float2 one = __ldcg(reinterpret_cast<const float2*>(
-                    p.planes + int64_t(part) * work.total_rows * TP + from + i));
-                sum.x += one.x;
-                sum.y += one.y;
+        const float* planes = p.planes + from;
+        const int64_t plane = int64_t(work.total_rows) * TP;
+        for (int i = threadIdx.x * 4; i < at.count * TP; i += kBlockThreads * 4) {
+            float sum[4] = {};
+            constexpr int kAtOnce = 8;
+            for (int first = 0; first < parts; first += kAtOnce) {
+                float4 some[kAtOnce];
+#pragma unroll
+                for (int j = 0; j < kAtOnce; ++j) {
+                    if (first + j < parts)
+                        some[j] = __ldcg(
+                            reinterpret_cast<const float4*>(planes + (first + j) * plane + i));
+                }
+#pragma unroll
+                for (int j = 0; j < kAtOnce; ++j) {
+                    if (first + j >= parts) break;
+                    sum[0] += some[j].x;
+                    sum[1] += some[j].y;
+                    sum[2] += some[j].z;
+                    sum[3] += some[j].w;
+                }
             }
-            *reinterpret_cast<uint32_t*>(p.s_down + (to + i) * sizeof(T)) =
-                pack_pair<T>(sum.x, sum.y);
+            *reinterpret_cast<uint2*>(p.s_down + (to + i) * sizeof(T)) = {
+                pack_pair<T>(sum[0], sum[1]), pack_pair<T>(sum[2], sum[3])};
         }
     }
-    // Asks for `chunks` chunks of the block's rows from `chunk` on, into L2.
-    __device__ void prefetch(const Units& at, int chunk, int chunks) const {
-        const Group& group = work.groups[at.group];
-        chunks = min(chunks, work.chunks - chunk);
-        for (int i = threadIdx.x; i < at.count * chunks; i += kThreads) {
-            const int row = at.first + i / chunks;
-            if (kIn && row >= 2 * p.F) continue;
-            prefetch_l2(row_start<T, kIn>(p, group, row, at.active) + (chunk + i % chunks) * 128);
-        }
+    // Asks for the next chunks of the block's rows, into L2.
+    __device__ void prefetch(const Units& at) const {
+        const int column = at.chunk * kChunk;
+        const int columns = min(kPrefetch * kChunk, work.width - column);
+        for (int i = threadIdx.x; i < at.count; i += kBlockThreads)
+            prefetch_l2(row_start(work.groups[at.group], at.first + i) + column * sizeof(T),
+                        columns * int(sizeof(T)));
     }
 };
 
-template <class T, int TP, bool kIn>
-__global__ void __launch_bounds__(kThreads, 2)
+template <class T, int TP>
+__global__ void __launch_bounds__(TP == 32 ? 576 : 512, 1)
     decode_product_kernel(const __grid_constant__ Problem p, const __grid_constant__ Work work) {
-    using Parts = Product<T, TP, kIn>;
+    using Parts = Product<T, TP>;
     extern __shared__ __align__(128) char shared[];
     __shared__ unsigned shared_active;
+    launch_dependents();
+    const Choices<Parts::kBlockThreads> choices(p);
     Parts product(p, work, shared);
     constexpr int kAhead = kStages - 1;
-    if constexpr (kIn) {
-        // Into L2 only, where what another kernel may still write to a weight is seen.
-        const Units at(work, ~0u);
-        if (!at.done()) product.prefetch(at, 0, kPrefetch);
-        wait_for_previous();
-        launch_dependents();
-        if (blockIdx.x == 0)
-            for (int i = threadIdx.x; i < p.num_counters; i += kThreads) p.counters[i] = 0;
-    } else {
-        launch_dependents();
-    }
-    const unsigned active = active_experts<kThreads>(p, &shared_active);
     const uint32_t end = product.ring + kStages * product.stage_bytes;
-    Units ready(work, active), copied(work, active);
-    if (!copied.done()) product.begin_block(copied);
+    Units copied(work, ~0u);
     const auto copy = [&](uint32_t to, bool weights, bool tokens) {
         if (copied.done()) return;
         product.copy(copied, to, weights, tokens);
         if (copied.next() && !copied.done()) product.begin_block(copied);
     };
-    for (int stage = 0; stage < kAhead; ++stage) {
-        copy(product.ring + stage * product.stage_bytes, true, kIn);
-        commit_copies();
-    }
-    if constexpr (!kIn) {
-        if (!copied.done()) product.prefetch(copied, copied.chunk, kPrefetch);
-        wait_for_previous();
-        copied = ready;
+    const auto fill = [&](bool weights, bool tokens) {
         if (!copied.done()) product.begin_block(copied);
         for (int stage = 0; stage < kAhead; ++stage)
-            copy(product.ring + stage * product.stage_bytes, false, true);
+            copy(product.ring + stage * product.stage_bytes, weights, tokens);
         commit_copies();
-        wait_copies<0>();
+    };
+    // Of the base alone the first chunks are known whoever is chosen: they are on their way early.
+    const bool is_base = copied.unit + kAhead <= work.groups[0].blocks * work.chunks;
+    if (is_base) fill(true, false);
+    Units ready(work, choices.active(&shared_active));
+    if (!is_base) {
+        copied = ready;
+        fill(true, false);
     }
-    float c[Parts::kPerWarp][Parts::kTiles][4] = {};
+    // With fewer tokens this is too early: the kernel before would drive them out again.
+    if (TP == 64 && !copied.done()) product.prefetch(copied);
+    wait_for_previous();
+    copied = ready;
+    fill(false, true);
+    wait_copies<0>();
+    typename Parts::Sums c = {};
     uint32_t from = product.ring, to = product.ring + kAhead * product.stage_bytes;
     while (!ready.done()) {
         wait_copies<kStages - 2>();

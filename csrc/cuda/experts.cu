@@ -1,14 +1,16 @@
 // The layer's forward for a few tokens (at most 64), in four launches.
 //
-//   product (in)    G, U = W_gate x, W_up x;  s = A_gate x, A_up x
-//   expand (in)     h_e = SwiGLU(G + B_gate s, U + B_up s);  mixed = sum p_e h_e;  p_e h_e
-//   product (out)   parts of W_down mixed;  s_down = A_down p_e h_e
-//   expand (down)   y = W_down mixed + B_down s_down
+//   shrink    s = A_gate x, A_up x
+//   hidden    h_e = SwiGLU(W_gate x + B_gate s, W_up x + B_up s);  mixed = sum p_e h_e;  p_e h_e
+//   product   parts of W_down mixed;  s_down = A_down p_e h_e
+//   expand    y = W_down mixed + B_down s_down
 #include <tuple>
 #include <vector>
 
 #include "decode_expand.cuh"
+#include "decode_hidden.cuh"
 #include "decode_product.cuh"
+#include "decode_shrink.cuh"
 
 namespace flexmore::cuda {
 namespace {
@@ -31,27 +33,24 @@ const Device& device_of(int index) {
 
 template <class T, int TP>
 void run(Problem& p, const Tensor& x, Tensor& y) {
-    using In = Expand<T, TP, false>;
+    using In = Hidden<T, TP>;
     using Down = Expand<T, TP, true>;
     const auto [processors, shared] = device_of(x.get_device_index());
-    const int product = product_bytes(shared), expand = expand_bytes(shared);
+    const int ring = product_bytes(shared);
     int ranks_down[kMaxExperts];
     for (int e = 0; e < p.E; ++e) ranks_down[e] = p.pairs[2][e].rank;
-    Work in{}, out{};
-    plan_in(in, 2 * p.F + p.ranks_in, p.D, processors, product, TP);
-    plan_out(out, p.D, p.F, ranks_down, p.E, processors, product);
-    plan_cut(p.cut_in, false, p.F, processors, expand, TP);
-    plan_cut(p.cut_down, true, p.D, processors, expand, TP);
-    p.num_counters = out.low_blocks;
+    Work work{};
+    plan_product(work, p.D, p.F, ranks_down, p.E, processors, ring);
+    plan_cut(p.cut_in, false, p.F, processors, shared, TP);
+    plan_cut(p.cut_down, true, p.D, processors, shared, TP);
+    p.num_counters = work.low_blocks;
     const ScalarType dtype = x.scalar_type();
-    Tensor base_in = empty(x, {2 * p.F, TP}, ScalarType::Float);
     Tensor s_in = empty(x, {p.ranks_in, TP}, dtype);
     Tensor mixed = empty(x, {p.F, TP}, dtype);
     Tensor hidden = empty(x, {p.E, p.F, TP}, dtype);
-    Tensor planes = empty(x, {out.parts, out.total_rows, TP}, ScalarType::Float);
-    Tensor s_down = empty(x, {out.total_rows - p.D, TP}, dtype);
+    Tensor planes = empty(x, {work.parts, work.total_rows, TP}, ScalarType::Float);
+    Tensor s_down = empty(x, {work.total_rows - p.D, TP}, dtype);
     Tensor counters = empty(x, {p.num_counters}, ScalarType::Int);
-    p.base_in = mutable_data<float>(base_in);
     p.s_in = mutable_data<char>(s_in);
     p.mixed = mutable_data<char>(mixed);
     p.hidden = mutable_data<char>(hidden);
@@ -59,17 +58,19 @@ void run(Problem& p, const Tensor& x, Tensor& y) {
     p.s_down = mutable_data<char>(s_down);
     p.counters = mutable_data<int>(counters);
     p.y = mutable_data<char>(y);
-    const auto bytes = [](const Cut& cut, int slots) {
-        return size_t(slots) * (cut.tile_rows + TP) * 128;
-    };
-    launch_after(decode_product_kernel<T, TP, true>, in.grid, decode::kThreads, product, x,
-                 "decode_product", p, in);
-    launch_after(decode_expand_kernel<T, TP, false>, p.cut_in.grid(), In::kBlockThreads,
-                 bytes(p.cut_in, In::kSlots), x, "decode_expand", p, out);
-    launch_after(decode_product_kernel<T, TP, false>, out.grid, decode::kThreads, product, x,
-                 "decode_product", p, out);
-    launch_after(decode_expand_kernel<T, TP, true>, p.cut_down.grid(), Down::kBlockThreads,
-                 bytes(p.cut_down, Down::kSlots), x, "decode_expand", p, out);
+    const int64_t tiles = ceil_div(p.ranks_in, Shrink<TP>::kRows);
+    launch_after(decode_shrink_kernel<T, TP>,
+                 unsigned(std::max<int64_t>(1, tiles * Shrink<TP>::kAcross)),
+                 Shrink<TP>::kBlockThreads, 0, x, "decode_shrink", p);
+    launch_after(decode_hidden_kernel<T, TP>, p.cut_in.grid(), In::kBlockThreads,
+                 p.cut_in.bytes(false, TP), x, "decode_hidden", p);
+    // With few tokens its blocks find place beside those of the kernel before, one each; later ones
+    // must not come in twos.
+    const int stages = kStages * (work.tile_rows + TP) * 128;
+    launch_after(decode_product_kernel<T, TP>, work.grid, Product<T, TP>::kBlockThreads,
+                 TP < 64 ? stages : std::max(stages, ring), x, "decode_product", p, work);
+    launch_after(decode_expand_kernel<T, TP>, p.cut_down.grid(), Down::kBlockThreads,
+                 p.cut_down.bytes(true, TP), x, "decode_expand", p, work);
 }
 
 // layout: for gate, up and down E entries each, -1 full-size (expert 0 alone), 0 no delta, or the
