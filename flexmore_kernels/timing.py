@@ -10,8 +10,8 @@ What makes a figure from a GPU wrong, and what is done about it here:
   less than GRAPH_BELOW_MS is recorded in a CUDA graph and replayed; before a longer one the device
   is held until the host is ahead, as it is in a model of many layers. A call that waits for the
   device (a nonzero, an .item()) allows neither: it is timed as it is called, which is its price.
-- *Clocks and load* change while one measures: every round times each candidate once, so that all
-  meet the same conditions, and the median of the rounds counts.
+- *Clocks and load* change, also by what ran before: every round times each candidate once, in an
+  order of its own, so that all meet the same conditions, and the median of the rounds counts.
 
 On a CPU: wall time, candidates interleaved alike. No clock or setting of a device is changed.
 """
@@ -21,6 +21,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,7 +40,7 @@ CACHES = 3
 """Inputs that take turns are so many times as large as the L2 cache, together."""
 MAX_HOLD_MS = 20.0
 CYCLES_PER_MS = 2_000_000
-"""No less than a GPU's clock makes: a hold may be longer than asked for, not shorter."""
+"""No less than a GPU's clock makes: a hold may be longer than asked for."""
 
 
 class Times(NamedTuple):
@@ -103,8 +104,8 @@ def compare(
             CACHES times the L2 cache each: nothing else makes the cache cold within a replay.
         each_round: called once a round while the device is at work, to look at its clocks.
 
-    Raises CallFailed, from what a candidate raised; Interrupted, with the times of the candidates
-    that one round reached, where a KeyboardInterrupt ends the rounds.
+    Raises CallFailed, from what a candidate raised; Interrupted, where a KeyboardInterrupt ends the
+    rounds, with the times of the candidates that one round reached.
     """
     device = torch.device(device)
     turns = {
@@ -127,18 +128,17 @@ def compare(
                 replay = _replay(calls, stopwatch, host_ms[name]) if graphs else None
             if replay:
                 replays[name] = replay
-        # Recording gives unused memory back; what is called next must not wait for it.
-        for name, calls in turns.items():
+        for name, calls in turns.items():  # recording gave memory back: nobody waits for it later
             with _blame(name):
                 calls[0]()
     samples, called = ({name: [] for name in names} for names in (turns, replays))
-    begin = time.perf_counter()
+    begin, pairs = time.perf_counter(), list(turns.items())
     try:
         for done in range(rounds):
             if done >= min_rounds and time.perf_counter() - begin > budget_s:
                 break
             look = each_round
-            for name, calls in turns.items():
+            for name, calls in random.Random(done).sample(pairs, len(pairs)):
                 with _blame(name):
                     # A graph's own calls are timed as they are; what is not in one, held.
                     ahead = 0.0 if name in replays else host_ms.get(name, 0.0)
