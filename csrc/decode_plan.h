@@ -2,7 +2,7 @@
 // plain arithmetic, without CUDA or torch, so that tests can check it for any size without a GPU.
 //
 // The down projection's weights are cut into units, a block of rows by a chunk of columns; units
-// lie in line and each thread block takes neighbours, equal bytes each. It depends on the layer and
+// lie in line and each thread block takes neighbours, equal cost each. It depends on the layer and
 // the device alone, not on the tokens: a token gets the same bits in any company.
 #pragma once
 
@@ -64,8 +64,8 @@ struct Work {
 // shared memory, in pairs, which are copied and waited for together; and the bytes of a row of gate
 // and up, in floats, where registers do not hold them.
 constexpr int expand_rows(bool down) { return down ? 32 : 96; }
-constexpr int expand_pairs(bool, int tokens) { return tokens < 64 ? 4 : 3; }
-constexpr int expand_slots(bool down, int tokens) { return 2 * expand_pairs(down, tokens); }
+constexpr int expand_pairs(int tokens) { return tokens < 64 ? 4 : 3; }
+constexpr int expand_slots(int tokens) { return 2 * expand_pairs(tokens); }
 constexpr int base_row_bytes(int tokens) { return tokens < 32 ? 0 : 2 * 4 * (tokens + 8); }
 // How the rows of an expansion are cut: thread block i takes per_block blocks from i * per_block
 // on.
@@ -74,7 +74,7 @@ struct Cut {
 
     FM_HOST_DEVICE int grid() const { return (blocks + per_block - 1) / per_block; }
     int bytes(bool down, int tokens) const {
-        return expand_slots(down, tokens) * (tile_rows + tokens) * 128 +
+        return expand_slots(tokens) * (tile_rows + tokens) * 128 +
                (down ? 0 : tile_rows * base_row_bytes(tokens));
     }
 };
@@ -140,7 +140,7 @@ inline void plan_product(Work& work, int rows, int width, const int* ranks, int 
 inline void plan_cut(Cut& cut, bool down, int rows, int processors, int shared, int tokens) {
     const int bytes = expand_bytes(down, shared);
     const bool fills = rows >= 16 * processors;
-    const int most = most_rows(bytes, expand_slots(down, tokens), tokens, expand_rows(down),
+    const int most = most_rows(bytes, expand_slots(tokens), tokens, expand_rows(down),
                                down ? 0 : base_row_bytes(tokens));
     cut.rows = rows;
     cut.per_block = fills ? int(ceil_div(rows, int64_t(processors) * most)) : 1;

@@ -74,7 +74,7 @@ py::dict decode_cut(bool down, int rows, int processors, int shared, int tokens)
     found["tile_rows"] = cut.tile_rows;
     found["grid"] = cut.grid();
     found["most_rows"] = decode::expand_rows(down);
-    found["slots"] = decode::expand_slots(down, tokens);
+    found["slots"] = decode::expand_slots(tokens);
     found["bytes"] = cut.bytes(down, tokens);
     found["most_bytes"] = decode::expand_bytes(down, shared);
     return found;
@@ -148,9 +148,9 @@ PYBIND11_MODULE(_host, m) {
     m.def("decode_plan", &decode_plan, py::arg("hidden"), py::arg("width"), py::arg("ranks"),
           py::arg("processors"), py::arg("shared"), py::arg("tokens"),
           "How the kernels for few tokens share their work on a device of so many multiprocessors "
-          "with so many bytes of shared memory, a dict: in, out (chunks, tile_rows, parts, groups, "
-          "start), cut_in, cut_down (rows, blocks, per_block, tile_rows, grid, most_rows, slots), "
-          "product_bytes, expand_bytes.");
+          "with so many bytes of shared memory, a dict: product (chunks, tile_rows, parts, groups, "
+          "start), cut_in, cut_down (rows, blocks, per_block, tile_rows, grid, most_rows, slots, "
+          "bytes, most_bytes), product_bytes.");
     m.def("sweep_launch", &sweep, py::arg("sizes"),
           "How rows of many experts are swept on CUDA, a dict; sizes: tokens, top_k, num_experts, "
           "width, blocks, warps of a block that form rows, bytes of shared memory and of the L2 "

@@ -16,7 +16,7 @@ struct Pair {
     const char* a;
     const char* b;
     int rank, ld;
-    int width;  // bytes that b's rows can be copied by: 2, 4, 8 or 16
+    int width;  // bytes that b's rows can be copied by: 2, 4, 8 (copied by 4) or 16
     int first;  // its first row among all experts' of the projection (gate and up count as one)
 };
 

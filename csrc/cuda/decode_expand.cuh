@@ -42,8 +42,8 @@ struct Expand {
     static constexpr int kUnitsAcross = kTiles / kUnitTiles;
     static constexpr int kRows = expand_rows(kDown);
     static constexpr int kRowsAtOnce = kBlockThreads / 8;  // that full chunks are copied by
-    static constexpr int kPairs = expand_pairs(kDown, TP);
-    static constexpr int kSlots = expand_slots(kDown, TP);
+    static constexpr int kPairs = expand_pairs(TP);
+    static constexpr int kSlots = expand_slots(TP);
     using Sums = float[kUnitTiles][4];
     static_assert(kRows / 16 * kUnitsAcross <= kBlockWarps);
     static_assert(kRows % kRowsAtOnce == 0 && kRowsAtOnce % 8 == 0);

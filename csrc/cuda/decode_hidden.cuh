@@ -190,9 +190,9 @@ __global__ void __launch_bounds__(TP < 32    ? 768
         // What couples there are is found out when memory is busy, once the ring has been filled.
         const auto list_couples = [&] {
             active = choices.active(&shared_active);
-            choices.for_each([&](int slot, int e, float weight) {
-                atomicAdd(&weights[e * TP + slot / p.K], weight);
-            });
+            // Of distinct ids each sum has one addend, and one thread.
+            choices.for_each(
+                [&](int slot, int e, float weight) { weights[e * TP + slot / p.K] += weight; });
             work.make_table(couples, &num_couples, active);
             __syncthreads();
         };

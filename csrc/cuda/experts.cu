@@ -4,7 +4,6 @@
 //   hidden    h_e = SwiGLU(W_gate x + B_gate s, W_up x + B_up s);  mixed = sum p_e h_e;  p_e h_e
 //   product   parts of W_down mixed;  s_down = A_down p_e h_e
 //   expand    y = W_down mixed + B_down s_down
-#include <tuple>
 #include <vector>
 
 #include "decode_expand.cuh"
@@ -64,8 +63,8 @@ void run(Problem& p, const Tensor& x, Tensor& y) {
                  Shrink<TP>::kBlockThreads, 0, x, "decode_shrink", p);
     launch_after(decode_hidden_kernel<T, TP>, p.cut_in.grid(), In::kBlockThreads,
                  p.cut_in.bytes(false, TP), x, "decode_hidden", p);
-    // With few tokens its blocks find place beside those of the kernel before, one each; later ones
-    // must not come in twos.
+    // With up to 16 tokens its blocks find place beside those of the kernel before, one each; with
+    // 64 they come later, and must not come in twos.
     const int stages = kStages * (work.tile_rows + TP) * 128;
     launch_after(decode_product_kernel<T, TP>, work.grid, Product<T, TP>::kBlockThreads,
                  TP < 64 ? stages : std::max(stages, ring), x, "decode_product", p, work);
@@ -81,6 +80,7 @@ Tensor experts_decode(Tensor x, Tensor indices, Tensor weights, std::vector<Tens
     check_tensor(x, "x", 2, dtype);
     check_tensor(indices, "indices", 2, ScalarType::Long);
     check_tensor(weights, "weights", 2, ScalarType::Float);
+    check_same_device(x, {&indices, &weights});
     Problem p{};
     p.T = int(x.size(0));
     p.D = int(x.size(1));

@@ -98,7 +98,9 @@ __device__ __forceinline__ void wait_for_previous() {
 }
 
 // Launches a kernel that may start while the one before it in the stream still runs (on Hopper and
-// later): it calls wait_for_previous() before it reads what that one wrote, or writes.
+// later). Each of its threads calls wait_for_previous() on every path, before it reads what that
+// one wrote, or writes: that a kernel is done then means that all before it are. What reads earlier
+// counts on the one before, which lets it start only after its own wait.
 // All such kernels ask for the same division of the memory that L1 and shared memory are made of: a
 // multiprocessor changes it only when it is empty.
 template <class Kernel, class... Args>
