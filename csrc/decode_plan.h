@@ -67,6 +67,7 @@ constexpr int expand_rows(bool down) { return down ? 32 : 96; }
 constexpr int expand_pairs(int tokens) { return tokens < 64 ? 4 : 3; }
 constexpr int expand_slots(int tokens) { return 2 * expand_pairs(tokens); }
 constexpr int base_row_bytes(int tokens) { return tokens < 32 ? 0 : 2 * 4 * (tokens + 8); }
+
 // How the rows of an expansion are cut: thread block i takes per_block blocks from i * per_block
 // on.
 struct Cut {

@@ -40,7 +40,7 @@ CACHES = 3
 """Inputs that take turns are so many times as large as the L2 cache, together."""
 MAX_HOLD_MS = 20.0
 CYCLES_PER_MS = 2_000_000
-"""No less than a GPU's clock makes: a hold may be longer than asked for."""
+"""No less than a GPU's clock makes: a hold may be longer than asked for, not shorter."""
 
 
 class Times(NamedTuple):

@@ -1,6 +1,6 @@
 // From x and s = A x to mixed = sum p_e h_e and every p_e h_e that A_down needs, with
 // h_e = SwiGLU(W_gate x + B_gate s, W_up x + B_up s): W_gate, W_up and each B are read once for all
-// tokens, and what they give stays in registers.
+// tokens, and what they give stays in the thread block.
 //
 // A thread block has rows of W_gate and W_up, and the same of each B: the chunks of all these go
 // through one ring of shared memory, so that memory is never idle. s is needed from the first B on
@@ -18,6 +18,9 @@ struct Hidden : Expand<T, TP, false> {
     using Base::kBlockThreads, Base::kPairs, Base::kRows, Base::kRowsAtOnce, Base::kUnitTiles;
     using Base::p, Base::first, Base::count, Base::ring, Base::slot_bytes, Base::tokens_at;
     using typename Base::Sums;
+
+    // A bound that leaves registers for the kernel before and, but with many tokens, the one after.
+    static constexpr int kBoundThreads = TP < 32 ? 768 : TP == 32 ? 608 : 512;
 
     int chunk, chunks;      // the base's chunk that is copied next, and how many it has
     const char* rows[2];    // this thread's words of it, in the first of its rows
@@ -159,12 +162,9 @@ struct BaseSums {
     }
 };
 
-// Such bounds as leave registers for the kernel before and, but with many tokens, the one after.
 template <class T, int TP>
-__global__ void __launch_bounds__(TP < 32    ? 768
-                                  : TP == 32 ? 608
-                                             : 512,
-                                  1) decode_hidden_kernel(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(Hidden<T, TP>::kBoundThreads, 1)
+    decode_hidden_kernel(const __grid_constant__ Problem p) {
     using Parts = Hidden<T, TP>;
     constexpr int kBlockThreads = Parts::kBlockThreads, kPairs = Parts::kPairs;
     extern __shared__ __align__(128) char shared[];

@@ -60,6 +60,8 @@ struct Units {
 template <class T, int TP>
 struct Product {
     static constexpr int kBlockThreads = 256;
+    // A bound that leaves registers for the kernels before and after.
+    static constexpr int kBoundThreads = TP == 32 ? 576 : 512;
     // With many tokens two warps share rows: that is the least to read from shared memory.
     static constexpr int kAcross = TP == 64 ? 2 : 1;
     static constexpr int kTiles = TP / 8 / kAcross;  // of tokens, of a warp
@@ -238,7 +240,7 @@ struct Product {
 };
 
 template <class T, int TP>
-__global__ void __launch_bounds__(TP == 32 ? 576 : 512, 1)
+__global__ void __launch_bounds__(Product<T, TP>::kBoundThreads, 1)
     decode_product_kernel(const __grid_constant__ Problem p, const __grid_constant__ Work work) {
     using Parts = Product<T, TP>;
     extern __shared__ __align__(128) char shared[];
