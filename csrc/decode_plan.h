@@ -64,7 +64,7 @@ struct Work {
 // shared memory, in pairs, which are copied and waited for together; and the bytes of a row of gate
 // and up, in floats, where registers do not hold them.
 constexpr int expand_rows(bool down) { return down ? 32 : 96; }
-constexpr int expand_pairs(int tokens) { return tokens < 64 ? 4 : 3; }
+constexpr int expand_pairs(int tokens) { return tokens < 32 ? 4 : 3; }
 constexpr int expand_slots(int tokens) { return 2 * expand_pairs(tokens); }
 constexpr int base_row_bytes(int tokens) { return tokens < 32 ? 0 : 2 * 4 * (tokens + 8); }
 

@@ -27,11 +27,13 @@ CASES = (
     Case("starved", "an expert that nobody chose is not read",
          0, 64, 96, (0, 4, 8, 16), 2, "starved"),
     Case("one", "one expert for all", 0, 64, 96, (0, 4, 8), 1, "one"),
+    Case("base", "no factors at all", 0, 64, 96, (0,), 1),
+    Case("unequal", "a down factor far longer than its neighbour", 0, 64, 96, (0, 130, 40, 0), 3),
     Case("empty_slots", "tokens without an expert get zeros",
          0, 64, 96, (0, 4, 8), 2, "empty_slots"),
     Case("sixteen", "as many experts as there may be",
          0, 128, 160, (0, *(3 * e for e in range(1, 16))), 5),
-    Case("wide", "several blocks of rows of F a multiprocessor", 0, 64, 17408, (0, 40, 16), 2),
+    Case("wide", "several blocks of rows of F a multiprocessor", 0, 640, 17408, (0, 40, 16), 2),
     Case("tall", "several blocks of rows of D a multiprocessor", 0, 6144, 96, (0, 40, 16), 2),
 )  # fmt: skip
 
@@ -72,6 +74,31 @@ def test_a_token_gets_the_same_bits_in_any_company(case):
     for first, last in ((0, 1), (3, 8), (5, 20), (11, 40), (20, 64)):
         some = slice(first, last)
         assert torch.equal(y[some], ops.experts(x[some], indices[some], weights[some], *sides))
+
+
+def test_the_order_of_a_sum_does_not_depend_on_other_tokens():
+    """Two chunks of a down factor that cancel, between them another's or not."""
+    case = Case("long", "", 0, 64, 128, (0, 128, 128, 128), 2)
+    x, _, weights, *sides = make(case, 2, torch.bfloat16)
+    a, b = sides[2][1]
+    a[64:], b[:, 64:] = a[:64], -b[:, :64]
+    b.mul_(2**18)
+    ids = torch.tensor([[1, 3], [2, 0]], device="cuda")
+    alone = ops.experts(x[:1], ids[:1], weights[:1], *sides)
+    assert torch.equal(alone, ops.experts(x, ids, weights, *sides)[:1])
+
+
+@pytest.mark.parametrize("side", (0, 1), ids=("gate", "up"))
+@pytest.mark.parametrize("which", (0, 1), ids=("a", "b"))
+def test_what_is_infinite_stays_with_who_chose_it(side, which):
+    case = Case("some", "", 0, 64, 128, (0, 16, 70, 8), 2)
+    x, ids, weights, *sides = make(case, 20, torch.bfloat16)
+    ids[:] = torch.tensor([1, 3], device="cuda")
+    ids[7, 0] = 2
+    sides[side][2][which].fill_(float("inf"))
+    y = ops.experts(x, ids, weights, *sides)
+    others = torch.arange(20, device="cuda") != 7
+    assert y[others].isfinite().all() and not y[7].isfinite().all()
 
 
 def layer(ranks=(0, 16, 7, 64, 8), **options) -> fk.FlexMoRE:

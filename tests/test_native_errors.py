@@ -31,6 +31,14 @@ def rows(*shape, dtype=torch.bfloat16):
 def ids(*shape):
     return torch.zeros(shape, dtype=torch.int32, device=device)
 
+def route(width, experts):
+    return ops.topk_route_linear(rows(2, width), rows(experts, width), None, None, 2, False, 0)
+
+def few(tokens, layout=(-1, -1, -1), tensors=3, indices=None):
+    indices = ids(tokens, 1).long() if indices is None else indices
+    weights = torch.zeros(tokens, 1, device=device)
+    return ops.experts_decode(rows(tokens, 8), indices, weights, [rows(8, 8)] * tensors, layout)
+
 CASES = {
     "dtype": lambda: ops.permute(rows(2, 8, dtype=torch.int64), ids(2), ids(2, 1)),
     "dimensions": lambda: ops.permute(rows(2, 8), ids(2, 1), ids(2, 1)),
@@ -41,6 +49,12 @@ CASES = {
     "keys": lambda: ops.make_plan(ids(2, 2).long(), 1025, False),
     "long rows": lambda: ops.permute(rows(1, 2**29), ids(1), ids(1, 1)),
     "device": lambda: ops.permute(rows(2, 8), ids(2).cpu(), ids(2, 1)),
+    "router's width": lambda: route(12, 4),
+    "router's experts": lambda: route(8, 33),
+    "tokens": lambda: few(65),
+    "base": lambda: few(2, layout=[0, -1, -1]),
+    "weights": lambda: few(2, tensors=2),
+    "ids' device": lambda: few(2, indices=ids(2, 1).long().cpu()),
 }
 for name in sys.argv[2:]:
     print(json.dumps([name, "began", ""]), flush=True)
@@ -68,6 +82,12 @@ ON_CUDA = MESSAGES | {
     "keys": "at most 1024 experts",
     "long rows": "too long",
     "device": "same CUDA device",
+    "router's width": "the width must be a multiple of 8, got 12",
+    "router's experts": "1 to 32 experts, got 33",
+    "tokens": "1 to 64 tokens, got 65",
+    "base": "expert 0 must be full-size",
+    "weights": "too few tensors",
+    "ids' device": "same CUDA device",
 }
 
 

@@ -79,6 +79,19 @@ def test_plan_skips_ids_out_of_range(device, kernels):
         assert_same(got, want)
 
 
+@pytest.mark.parametrize("by_set", (False, True))
+def test_plan_takes_a_token_s_second_slot_of_an_expert_for_empty(by_set, device, kernels):
+    """Raw kernels, which a GPU runs unchecked: sizes elsewhere count on distinct ids."""
+    if kernels == "aten" or (device == "cpu" and kernels == "native"):
+        pytest.skip("ids are checked before, or nothing counts on them")
+    ids = torch.randint(-1, 5, (70, 6), device=device)
+    again = (ids[:, :, None] == ids[:, None, :]).tril(-1).any(2)
+    raw = backend.kernels("routing", ids)
+    expected = raw.make_plan(ids.masked_fill(again, 4), 4, by_set)
+    for got, want in zip(raw.make_plan(ids, 4, by_set), expected, strict=True):
+        assert_same(got, want)
+
+
 def test_plan_has_the_same_bits_every_time(device, kernels):
     ids = some_ids(200, 7, 5).to(device)
     for first, again in zip(ops.make_plan(ids, 7)[:6], ops.make_plan(ids, 7)[:6], strict=True):

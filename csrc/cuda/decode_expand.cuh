@@ -71,30 +71,33 @@ struct Expand {
         tokens_lane = kept(tokens_at + token_lane<TP, kUnitTiles, true>(token_tile(), lane));
     }
 
-    // One lane of the first warp a factor: those of chosen experts, without gaps.
+    // One lane of the first warp a factor. Places are given by ranks alone: whose chunks alternate,
+    // and so the order of a token's sum, does not depend on what others chose. Couples of which
+    // nobody is chosen are left out.
     __device__ void make_table(Couple* table, int* size, unsigned active) {
         if (threadIdx.x < 32) {
             const int lane = threadIdx.x;
             const int e = kDown ? lane : lane / 2, side = kDown ? 2 : lane % 2;
             const Pair& pair = p.pairs[side][min(e, kMaxExperts - 1)];
-            unsigned listed =
-                __ballot_sync(kFullWarp, e < p.E && (active >> e & 1) && pair.rank > 0);
+            const bool has = e < p.E && pair.rank > 0, chosen = has && (active >> e & 1);
+            unsigned placed = __ballot_sync(kFullWarp, has);
             // Gate and up go together, where one has no factor too; of an odd number the last
             // place is empty: a lane beyond all experts has it.
             if constexpr (!kDown) {
-                listed |= (listed & 0x55555555u) << 1 | (listed >> 1 & 0x55555555u);
-            } else if (__popc(listed) % 2) {
-                listed |= 1u << kMaxExperts;
+                placed |= (placed & 0x55555555u) << 1 | (placed >> 1 & 0x55555555u);
+            } else if (__popc(placed) % 2) {
+                placed |= 1u << kMaxExperts;
             }
-            const int place = __popc(listed & ((1u << lane) - 1));
-            if (listed >> lane & 1) {
+            const int place = __popc(placed & ((1u << lane) - 1)), couple = place / 2;
+            const unsigned kept = __reduce_or_sync(kFullWarp, chosen ? 1u << couple : 0u);
+            if ((placed >> lane & 1) && (kept >> couple & 1)) {
                 const char* s = kDown ? p.s_down : p.s_in;
-                table[place / 2].of[place % 2] = {pair.b, s + int64_t(pair.first) * TP * sizeof(T),
-                                                  pair.ld * int(sizeof(T)), e < p.E ? pair.rank : 0,
-                                                  pair.width};
-                if (place % 2 == 0) table[place / 2].expert = e;
+                Couple& to = table[__popc(kept & ((1u << couple) - 1))];
+                to.of[place % 2] = {pair.b, s + int64_t(pair.first) * TP * sizeof(T),
+                                    pair.ld * int(sizeof(T)), chosen ? pair.rank : 0, pair.width};
+                if (place % 2 == 0) to.expert = e;
             }
-            if (lane == 0) *size = __popc(listed) / 2;
+            if (lane == 0) *size = __popc(kept);
         }
     }
     __device__ int end_block(int first_block) const {
@@ -159,7 +162,7 @@ struct Expand {
                 copy_async<Width>(target, source, valid);
             } else {
                 const unsigned short value =
-                    valid ? *reinterpret_cast<const unsigned short*>(source) : 0;
+                    valid ? __ldcg(reinterpret_cast<const unsigned short*>(source)) : 0;
                 asm volatile("st.shared.b16 [%0], %1;" ::"r"(target), "h"(value) : "memory");
             }
         }
@@ -256,7 +259,7 @@ __global__ void __launch_bounds__(Expand<T, TP, true>::kBlockThreads, 2)
     using Parts = Expand<T, TP, true>;
     extern __shared__ __align__(128) char shared[];
     __shared__ Couple couples[kMaxExperts];
-    __shared__ unsigned char num_parts[Parts::kRows];  // of a row's sum
+    __shared__ unsigned short num_parts[Parts::kRows];  // of a row's sum
     __shared__ unsigned shared_active;
     __shared__ int shared_size;
     launch_dependents();
@@ -271,7 +274,7 @@ __global__ void __launch_bounds__(Expand<T, TP, true>::kBlockThreads, 2)
             // The block that holds the row: block_start's inverse.
             const int unit = int((unsigned(work.first + i + 1) * g.blocks - 1) / unsigned(g.rows)) *
                              product.chunks;
-            num_parts[i] = static_cast<unsigned char>(product.sharers(unit));
+            num_parts[i] = static_cast<unsigned short>(product.sharers(unit));
         }
     };
     const int first_block = blockIdx.x * work.cut.per_block;

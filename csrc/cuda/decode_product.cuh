@@ -271,7 +271,8 @@ __global__ void __launch_bounds__(Product<T, TP>::kBoundThreads, 1)
         fill(true, false);
     }
     // With fewer tokens this is too early: the kernel before would drive them out again.
-    if (TP == 64 && !copied.done()) product.prefetch(copied);
+    if (TP == 64 && !copied.done() && work.groups[copied.group].expert < 0)
+        product.prefetch(copied);
     wait_for_previous();
     copied = ready;
     fill(false, true);

@@ -4,6 +4,7 @@
 //   hidden    h_e = SwiGLU(W_gate x + B_gate s, W_up x + B_up s);  mixed = sum p_e h_e;  p_e h_e
 //   product   parts of W_down mixed;  s_down = A_down p_e h_e
 //   expand    y = W_down mixed + B_down s_down
+#include <mutex>
 #include <vector>
 
 #include "decode_expand.cuh"
@@ -21,13 +22,13 @@ struct Device {
 };
 const Device& device_of(int index) {
     static Device devices[64];
+    static std::once_flag known[64];
     STD_TORCH_CHECK(index >= 0 && index < 64, "no such device: ", index);
-    Device& device = devices[index];
-    if (!device.processors) {
-        device.shared = attribute(index, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-        device.processors = std::min(multiprocessors(index), kMaxBlocks);
-    }
-    return device;
+    std::call_once(known[index], [&] {
+        devices[index] = {std::min(multiprocessors(index), kMaxBlocks),
+                          attribute(index, cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+    });
+    return devices[index];
 }
 
 template <class T, int TP>
@@ -63,11 +64,11 @@ void run(Problem& p, const Tensor& x, Tensor& y) {
                  Shrink<TP>::kBlockThreads, 0, x, "decode_shrink", p);
     launch_after(decode_hidden_kernel<T, TP>, p.cut_in.grid(), In::kBlockThreads,
                  p.cut_in.bytes(false, TP), x, "decode_hidden", p);
-    // With up to 16 tokens its blocks find place beside those of the kernel before, one each; with
-    // 64 they come later, and must not come in twos.
+    // Where its blocks find no place beside those of the kernel before, they must not come in twos.
     const int stages = kStages * (work.tile_rows + TP) * 128;
+    const bool beside = TP < 64 && p.cut_in.bytes(false, TP) + stages + 7168 + 2048 <= shared;
     launch_after(decode_product_kernel<T, TP>, work.grid, Product<T, TP>::kBlockThreads,
-                 TP < 64 ? stages : std::max(stages, ring), x, "decode_product", p, work);
+                 beside ? stages : std::max(stages, ring), x, "decode_product", p, work);
     launch_after(decode_expand_kernel<T, TP>, p.cut_down.grid(), Down::kBlockThreads,
                  p.cut_down.bytes(true, TP), x, "decode_expand", p, work);
 }

@@ -36,10 +36,14 @@ struct Plan {
 
     __device__ int num_sets() const { return cuda::num_sets(num_experts, by_set); }
     __device__ int max_keys() const { return cuda::max_keys(num_experts, by_set); }
-    // The slot's expert, or -1 for an empty slot.
+    // The slot's expert, or -1 for an empty slot; of an expert that is named twice, the second.
     __device__ __forceinline__ int expert(int64_t slot) const {
         const int64_t e = indices[slot];
-        return e >= 0 && e < num_experts ? int(e) : -1;
+        if (e < 0 || e >= num_experts) return -1;
+        for (int64_t earlier = slot / top_k * top_k; earlier < slot; ++earlier) {
+            if (indices[earlier] == e) return -1;
+        }
+        return int(e);
     }
     __device__ __forceinline__ int expert_set(int64_t t) const {
         int set = 0;

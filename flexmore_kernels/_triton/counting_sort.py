@@ -25,6 +25,10 @@ def _keys(indices_ptr, i, count, E: tl.constexpr, K: tl.constexpr, SETS: tl.cons
     if SETS == 0:
         expert = tl.load(indices_ptr + i, mask=i < count, other=-1)
         key = tl.where((expert >= 0) & (expert < E), expert, E).to(tl.int32)
+        for k in range(K - 1):  # a token's second slot of an expert is empty
+            earlier = (i < count) & (k < i % K)
+            other = tl.load(indices_ptr + i // K * K + k, mask=earlier, other=-1)
+            key = tl.where(earlier & (other == expert), E, key)
     else:
         key = tl.where(i < count, 0, SETS)
         for k in range(K):
@@ -87,7 +91,9 @@ def flexmore_plan_place(
     real = (token < T)[:, None] & (k < K)[None, :]
     slot = token[:, None] * K + k[None, :]
     expert = tl.load(indices_ptr + slot, mask=real, other=-1)
-    routed = real & (expert >= 0) & (expert < E)
+    again = (expert[:, :, None] == expert[:, None, :]) & (k[None, None, :] < k[None, :, None])
+    again = tl.max(again.to(tl.int32), 2) > 0
+    routed = real & (expert >= 0) & (expert < E) & ~again
     entry = expert * row_blocks + slot // BLOCK
     row = tl.load(ranks_ptr + slot, mask=routed, other=0).to(tl.int32)
     row += tl.load(ends_ptr + entry - 1, mask=routed & (entry > 0), other=0)
