@@ -28,7 +28,7 @@ CASES = (
          0, 64, 96, (0, 4, 8, 16), 2, "starved"),
     Case("one", "one expert for all", 0, 64, 96, (0, 4, 8), 1, "one"),
     Case("base", "no factors at all", 0, 64, 96, (0,), 1),
-    Case("unequal", "a down factor far longer than its neighbour", 0, 64, 96, (0, 130, 40, 0), 3),
+    Case("unequal", "a down factor far longer than its neighbour", 0, 64, 96, (0, 130, 40, 1), 3),
     Case("empty_slots", "tokens without an expert get zeros",
          0, 64, 96, (0, 4, 8), 2, "empty_slots"),
     Case("sixteen", "as many experts as there may be",

@@ -80,11 +80,14 @@ def test_plan_skips_ids_out_of_range(device, kernels):
 
 
 @pytest.mark.parametrize("by_set", (False, True))
-def test_plan_takes_a_token_s_second_slot_of_an_expert_for_empty(by_set, device, kernels):
+@pytest.mark.parametrize("shape", ((70, 6), (700, 7), (80, 40)), ids=str)
+def test_plan_takes_a_token_s_second_slot_of_an_expert_for_empty(shape, by_set, device, kernels):
     """Raw kernels, which a GPU runs unchecked: sizes elsewhere count on distinct ids."""
     if kernels == "aten" or (device == "cpu" and kernels == "native"):
         pytest.skip("ids are checked before, or nothing counts on them")
-    ids = torch.randint(-1, 5, (70, 6), device=device)
+    if device == "cpu" and shape[1] > 8:
+        pytest.skip("too long in the interpreter")
+    ids = torch.randint(-1, 5, shape, device=device)
     again = (ids[:, :, None] == ids[:, None, :]).tril(-1).any(2)
     raw = backend.kernels("routing", ids)
     expected = raw.make_plan(ids.masked_fill(again, 4), 4, by_set)

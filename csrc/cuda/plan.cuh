@@ -36,14 +36,10 @@ struct Plan {
 
     __device__ int num_sets() const { return cuda::num_sets(num_experts, by_set); }
     __device__ int max_keys() const { return cuda::max_keys(num_experts, by_set); }
-    // The slot's expert, or -1 for an empty slot; of an expert that is named twice, the second.
+    // The slot's expert, or -1 for an empty slot.
     __device__ __forceinline__ int expert(int64_t slot) const {
         const int64_t e = indices[slot];
-        if (e < 0 || e >= num_experts) return -1;
-        for (int64_t earlier = slot / top_k * top_k; earlier < slot; ++earlier) {
-            if (indices[earlier] == e) return -1;
-        }
-        return int(e);
+        return e >= 0 && e < num_experts ? int(e) : -1;
     }
     __device__ __forceinline__ int expert_set(int64_t t) const {
         int set = 0;
@@ -55,34 +51,70 @@ struct Plan {
     }
 };
 
-// Calls f(i, key) for this warp's slice of [begin, end) in order, in all lanes of the warp (for
-// i past the slice with key -1). The next key is on its way while f works on this one.
-template <class Key, class F>
-__device__ __forceinline__ void for_slice(int64_t begin, int64_t end, const Key& key, const F& f) {
-    const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int64_t slice = ((end - begin + warps - 1) / warps + 31) / 32 * 32;
-    const int64_t first = begin + warp * slice;
-    const int64_t stop = first + slice < end ? first + slice : end;
-    const auto key_of = [&](int64_t i) { return i < stop ? key(i) : -1; };
-    int next = key_of(first + lane);
-    for (int64_t i = first + lane; i - lane < stop; i += 32) {
-        const int now = next;
-        next = key_of(i + 32);
-        f(i, now);
+// What the slots are sorted by. A token's second slot of an expert counts as empty; so that its
+// slots meet in one access of a warp, the warp takes whole tokens (of up to 32 slots) at a time.
+struct BySlot {
+    const Plan& p;
+    unsigned step, earlier = 0;  // lanes; those of the same token that come before
+
+    __device__ explicit BySlot(const Plan& plan) : p(plan), step(32) {
+        const unsigned K = p.top_k, lane = threadIdx.x % 32;
+        if (K > 32) return;
+        step = 32 / K * K;
+        earlier = (1u << lane) - (1u << lane / K * K);
+    }
+    __device__ __forceinline__ int key(int64_t slot) const { return p.expert(slot); }
+    // Whether no earlier slot of the token names expert e, as lanes `peers` do.
+    __device__ __forceinline__ bool counts(int64_t slot, int e, unsigned peers) const {
+        bool again = (peers & earlier) != 0;
+        if (p.top_k > 32) {
+            for (int64_t s = slot / p.top_k * p.top_k; s < slot; ++s) again |= p.expert(s) == e;
+        }
+        return !again;
+    }
+};
+
+// What the tokens are sorted by.
+struct ByToken {
+    const Plan& p;
+    static constexpr unsigned step = 32;
+    __device__ __forceinline__ int key(int64_t t) const { return p.expert_set(t); }
+    __device__ __forceinline__ bool counts(int64_t, int, unsigned) const { return true; }
+};
+
+// Calls f(i, key, peers) for this warp's slice of [begin, end) in order, in all lanes of the warp
+// (for i past the slice with key -1); peers: the lanes of equal key. The next key is on its way
+// while f works on this one.
+template <class By, class F>
+__device__ __forceinline__ void for_slice(int64_t begin, int64_t end, const By& by, const F& f) {
+    const unsigned warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    // In 32 bits, which hold any number of slots: divisions of 64 are slow.
+    const unsigned step = by.step, each = (unsigned(end - begin) + warps - 1) / warps;
+    const unsigned slice = (each + step - 1) / step * step;
+    const int64_t begins = begin + int64_t(warp) * slice, stop = min(begins + slice, end);
+    int64_t i = lane < step ? begins + lane : end;
+    int next = i < stop ? by.key(i) : -1;
+    for (int64_t first = begins; first < stop; first += step) {
+        const int key = next;
+        next = i + step < stop ? by.key(i + step) : -1;
+        unsigned peers = __match_any_sync(kFullWarp, key);
+        const bool counts = key >= 0 && by.counts(i, key, peers);
+        peers &= __ballot_sync(kFullWarp, counts);
+        f(i, counts ? key : -1, peers);
+        i += step;
     }
 }
 
 // Counts keys into counts[warp][key].
-template <class Key>
+template <class By>
 __device__ void count_keys(int64_t begin, int64_t end, int num_keys, int32_t* counts,
-                           const Key& key) {
+                           const By& by) {
     const int warps = blockDim.x / 32;
     for (int i = threadIdx.x; i < warps * num_keys; i += blockDim.x) counts[i] = 0;
     __syncthreads();
     int32_t* mine = counts + threadIdx.x / 32 * num_keys;
     const int lane = threadIdx.x % 32;
-    for_slice(begin, end, key, [&](int64_t, int k) {
-        const unsigned peers = __match_any_sync(kFullWarp, k);
+    for_slice(begin, end, by, [&](int64_t, int k, unsigned peers) {
         if (k >= 0 && lane == __ffs(peers) - 1) mine[k] += __popc(peers);
         __syncwarp();
     });
@@ -90,10 +122,10 @@ __device__ void count_keys(int64_t begin, int64_t end, int num_keys, int32_t* co
 }
 
 // Turns counts[warp][key] into the position of the warp's first entry of that key, starts[key]
-// being the block's. Then calls emit(i, key, position) for every i, key -1 included.
-template <class Key, class Emit>
+// being the block's. Then calls emit(i, position) for every i; -1 if it has no key.
+template <class By, class Emit>
 __device__ void rank_keys(int64_t begin, int64_t end, int num_keys, int32_t* counts,
-                          const int32_t* starts, const Key& key, const Emit& emit) {
+                          const int32_t* starts, const By& by, const Emit& emit) {
     const int warps = blockDim.x / 32;
     for (int k = threadIdx.x; k < num_keys; k += blockDim.x) {
         int32_t position = starts[k];
@@ -106,14 +138,13 @@ __device__ void rank_keys(int64_t begin, int64_t end, int num_keys, int32_t* cou
     __syncthreads();
     int32_t* mine = counts + threadIdx.x / 32 * num_keys;
     const int lane = threadIdx.x % 32;
-    for_slice(begin, end, key, [&](int64_t i, int k) {
-        const unsigned peers = __match_any_sync(kFullWarp, k);
+    for_slice(begin, end, by, [&](int64_t i, int k, unsigned peers) {
         const int rank = __popc(peers & ((1u << lane) - 1));
         const int32_t position = k >= 0 ? mine[k] + rank : -1;
         __syncwarp();
         if (k >= 0 && rank == 0) mine[k] += __popc(peers);
         __syncwarp();
-        if (i < end) emit(i, k, position);
+        if (i < end) emit(i, position);
     });
     __syncthreads();
 }
@@ -203,7 +234,7 @@ __device__ __forceinline__ void write_expert_rows(const Plan& p, int64_t t) {
         const int chosen = p.expert(t * p.top_k + k);
         const int32_t r = p.slot_to_row[t * p.top_k + k];
 #pragma unroll
-        for (int e = 0; e < kMaxSetExperts; ++e) row[e] = e == chosen ? r : row[e];
+        for (int e = 0; e < kMaxSetExperts; ++e) row[e] = e == chosen && r >= 0 ? r : row[e];
     }
 #pragma unroll
     for (int e = 0; e < kMaxSetExperts; ++e) {
@@ -227,11 +258,11 @@ __global__ void plan_kernel(Plan p) {
     int32_t* starts = set_counts + warps * p.num_sets();
     const int64_t begin = int64_t(blockIdx.x) * p.chunk_tokens, end = chunk_end(p);
 
-    const auto expert = [&](int64_t slot) { return p.expert(slot); };
-    const auto expert_set = [&](int64_t t) { return p.expert_set(t); };
+    const BySlot by_slot{p};
+    const ByToken by_token{p};
     const int64_t begin_slot = begin * p.top_k, end_slot = end * p.top_k;
-    count_keys(begin_slot, end_slot, E, counts, expert);
-    if (p.by_set) count_keys(begin, end, p.num_sets(), set_counts, expert_set);
+    count_keys(begin_slot, end_slot, E, counts, by_slot);
+    if (p.by_set) count_keys(begin, end, p.num_sets(), set_counts, by_token);
     if constexpr (!OneBlock) {
         publish(E, counts, p.expert_counts);
         if (p.by_set) publish(p.num_sets(), set_counts, p.set_counts);
@@ -242,7 +273,7 @@ __global__ void plan_kernel(Plan p) {
         for (int e = threadIdx.x; e <= E; e += blockDim.x) p.row_offsets[e] = starts[e];
     }
     const int32_t num_routed = starts[E];
-    rank_keys(begin_slot, end_slot, E, counts, starts, expert, [&](int64_t slot, int, int32_t row) {
+    rank_keys(begin_slot, end_slot, E, counts, starts, by_slot, [&](int64_t slot, int32_t row) {
         p.slot_to_row[slot] = row;
         if (row >= 0) p.row_to_slot[row] = int32_t(slot);
         // The tail: row number `slot` belongs to nobody.
@@ -251,8 +282,8 @@ __global__ void plan_kernel(Plan p) {
     if (!p.by_set) return;
 
     find_starts<OneBlock>(p.num_sets(), p.num_chunks, set_counts, p.set_counts, starts, scratch);
-    rank_keys(begin, end, p.num_sets(), set_counts, starts, expert_set,
-              [&](int64_t t, int, int32_t position) {
+    rank_keys(begin, end, p.num_sets(), set_counts, starts, by_token,
+              [&](int64_t t, int32_t position) {
                   p.token_order[position] = int32_t(t);
                   write_expert_rows(p, t);
               });

@@ -91,9 +91,10 @@ def flexmore_plan_place(
     real = (token < T)[:, None] & (k < K)[None, :]
     slot = token[:, None] * K + k[None, :]
     expert = tl.load(indices_ptr + slot, mask=real, other=-1)
-    again = (expert[:, :, None] == expert[:, None, :]) & (k[None, None, :] < k[None, :, None])
-    again = tl.max(again.to(tl.int32), 2) > 0
-    routed = real & (expert >= 0) & (expert < E) & ~again
+    routed = real & (expert >= 0) & (expert < E)
+    for j in range(K - 1):
+        earlier = tl.load(indices_ptr + token * K + j, mask=token < T, other=-1)
+        routed &= (k <= j)[None, :] | (expert != earlier[:, None])
     entry = expert * row_blocks + slot // BLOCK
     row = tl.load(ranks_ptr + slot, mask=routed, other=0).to(tl.int32)
     row += tl.load(ends_ptr + entry - 1, mask=routed & (entry > 0), other=0)
