@@ -27,6 +27,7 @@ expert: expert e's block is (row count, rank) row-major and the blocks lie end t
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import itertools
 from collections.abc import Sequence
@@ -141,11 +142,12 @@ def rows_to_slots(values: Tensor, slot_to_row: Tensor) -> Tensor:
     return torch.where(slot_to_row >= 0, values[slot_to_row.clamp(min=0).long()], 0)
 
 
-# For good: a captured graph may read a table that nobody else uses any more.
+# For good: a captured graph may read a table that nobody else uses any more. In another thread: what
+# this one allocates while torch.compile warms up a CUDA graph belongs to the graph.
 @functools.cache
 def _device_ints(values: tuple[int, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(values, dtype=torch.int32, device=device)
+    with concurrent.futures.ThreadPoolExecutor(1) as apart:
+        return apart.submit(torch.tensor, values, dtype=torch.int32, device=device).result()
 
 
 def ranks_tensor(ranks: tuple[int, ...], device: torch.device) -> Tensor:
