@@ -142,8 +142,8 @@ def rows_to_slots(values: Tensor, slot_to_row: Tensor) -> Tensor:
     return torch.where(slot_to_row >= 0, values[slot_to_row.clamp(min=0).long()], 0)
 
 
-# For good: a captured graph may read a table that nobody else uses any more. In another thread: what
-# this one allocates while torch.compile warms up a CUDA graph belongs to the graph.
+# For good: a captured graph may read a table that nobody else uses any more. In another thread:
+# what this one allocates while torch.compile warms up a CUDA graph belongs to the graph.
 @functools.cache
 def _device_ints(values: tuple[int, ...], device: torch.device) -> Tensor:
     with concurrent.futures.ThreadPoolExecutor(1) as apart:

@@ -51,5 +51,10 @@ def test_gradients_are_the_layer_s(case):
         dy = torch.randn_like(x)
         wanted = (x, layer.gate.weight, *layer.experts[1].parameters())
         mine = [grad.clone() for grad in torch.autograd.grad(compiled(x), wanted, dy)]
-        for got, want in zip(mine, torch.autograd.grad(layer(x), wanted, dy), strict=True):
+        others = torch.autograd.grad(layer(x), wanted, dy)
+        # What comes from the router and from the experts is added, in either with one rounding of
+        # a summand more or less.
+        apart = (mine[0].double() - others[0].double()).abs().max()
+        assert apart <= torch.finfo(x.dtype).eps * others[0].abs().max()
+        for got, want in zip(mine[1:], others[1:], strict=True):
             assert_same(got, want)
