@@ -52,9 +52,10 @@ def test_gradients_are_the_layer_s(case):
         wanted = (x, layer.gate.weight, *layer.experts[1].parameters())
         mine = [grad.clone() for grad in torch.autograd.grad(compiled(x), wanted, dy)]
         others = torch.autograd.grad(layer(x), wanted, dy)
-        # What comes from the router and from the experts is added, in either with one rounding of
-        # a summand more or less.
-        apart = (mine[0].double() - others[0].double()).abs().max()
-        assert apart <= torch.finfo(x.dtype).eps * others[0].abs().max()
-        for got, want in zip(mine[1:], others[1:], strict=True):
+        # What the router has a part in, torch's compiler sums in an order of its own: to either's
+        # rounding, half of eps.
+        for got, want in zip(mine[:2], others[:2], strict=True):
+            apart = (got.double() - want.double()).abs().max()
+            assert apart <= torch.finfo(x.dtype).eps * want.abs().max()
+        for got, want in zip(mine[2:], others[2:], strict=True):
             assert_same(got, want)
