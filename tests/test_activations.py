@@ -6,12 +6,15 @@ experts and parts without a delta, several batches, a file that is something els
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import flexmore_kernels as fk
 from flexmore_kernels import testing
+from flexmore_kernels.checkpoint import load_model, make_demo_checkpoint
 from flexmore_kernels.conversion import svd
 from flexmore_kernels.conversion.activations import Activations, gather
 
@@ -193,3 +196,39 @@ def test_bad_input(tmp_path):
         model.model.embed_tokens.weight[:] = float("inf")
     with pytest.raises(ValueError):
         gather(model, batches())
+
+
+def command(*arguments):
+    from flexmore_kernels.commands import activations
+
+    parser = argparse.ArgumentParser()
+    activations.add(parser)
+    return activations.run(parser.parse_args([str(a) for a in arguments]))
+
+
+def test_command(tmp_path, capsys):
+    """Sequences are cut and padded, which must not change the sums."""
+    checkpoint = tmp_path / "checkpoint"
+    make_demo_checkpoint(checkpoint, hidden_size=16, intermediate_size=24, num_layers=2,
+                         expert_ranks=[0, 2, 0], top_k=2, vocab_size=40)  # fmt: skip
+    lines, out = tmp_path / "ids.jsonl", tmp_path / "out.safetensors"
+    rows = torch.randint(40, (3, 11)).tolist()
+    lines.write_text("\n".join(map(str, [rows[0], [], rows[1][:4], rows[2]])))
+    options = ("--length", 8, "--batch", 3, "--tokens", 20, "--device", "cpu")
+    assert command(checkpoint, lines, out, *options) == 0
+    assert "second moments of 20 tokens" in capsys.readouterr().out
+    cut = [rows[0][:8], rows[0][8:], rows[1][:4], rows[2][:5]]
+    model = load_model(checkpoint)
+    truth = gather(model, [(torch.tensor([row]), None) for row in cut])
+    found = Activations.load(out)
+    assert found.tokens == truth.tokens
+    for name, mean in truth.means.items():
+        assert (found.means[name] - mean).norm() <= 2.0**-16 * mean.norm()
+    text = tmp_path / "a.txt"
+    text.write_text("words")
+    for wrong, message in (("[1, 40]", "line 1: accepted"), ("{}", "line 1"), ("", "no token")):
+        lines.write_text(wrong)
+        with pytest.raises(ValueError, match=message):
+            command(checkpoint, lines, out, *options)
+    with pytest.raises(ValueError, match="tokenizer.json: missing"):
+        command(checkpoint, text, out, *options)
