@@ -33,7 +33,8 @@ _STAGE = 2.0**-10
 """Smaller rows, of the largest, wait for the next eigenproblem: within one, cosines that come from
 eps = 2^-52 stay below about 2^-32."""
 _SMALL_ANGLE = 2.0**-10
-"""Angles that are turned to first order; their squares are then below the square of eps' root."""
+"""Up to this, angles are turned, to first order. Between rows of unlike norms they are far smaller;
+larger ones are between norms so alike that neither direction is better."""
 _POWER = 3
 """Power iterations of the range finder, for spectra that fall slowly (section 4.5 there)."""
 
@@ -137,8 +138,8 @@ def _tail_norms(norms: Tensor, outside: float) -> Tensor:
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    """An orthonormal basis of these (k, m) columns, by two Cholesky factorisations of their products
-    (matrix products nearly alone), or by Householder's where they are too near to dependent."""
+    """An orthonormal basis of these (k, m) columns: two Cholesky factorisations of their products,
+    which is matrix products nearly alone, or Householder's where they are close to dependent."""
     found = columns
     for _ in range(2):
         root, fault = torch.linalg.cholesky_ex(found.T @ found)
