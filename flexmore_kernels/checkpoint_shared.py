@@ -28,7 +28,7 @@ def shared_names(layout: Layout, names: Iterable[str] | None = None) -> list[str
 
 
 def check_alike(layouts: Sequence[Layout], mixed: bool) -> None:
-    """Check by configs and headers that checkpoints can be merged; ValueError names what differs."""
+    """Check by configs and headers that checkpoints can be merged; ValueError names what is not."""
     first = layouts[0]
     if not mixed:
         kinds = {x.kind.removesuffix("_fused"): x.directory for x in layouts}
