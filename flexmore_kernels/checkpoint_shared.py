@@ -97,7 +97,7 @@ def check_equal(layouts: Sequence[Layout], say: Callable[[str], None] | None = N
                 most = float((mine.double() - theirs.double()).abs().max())
                 row = " (row 0)" if name in routers else ""
                 different.append(f"{name}{row} in {other.directory.name} by up to {most:.2g}")
-        progress.done(first.parts[name].nbytes, f"compared: {name}")
+        progress.done(first.parts[name].nbytes, f"comparison of {name}")
     if different:
         more = len(different) - _SHOWN
         listed = "; ".join(different[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")

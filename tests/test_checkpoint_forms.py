@@ -140,7 +140,7 @@ def test_padding_keeps_a_base_of_another_dtype():
     assert padded[NAME.format(1, 3, "gate", "")].dtype == torch.bfloat16
     with pytest.raises(ValueError, match="1.gate_proj.weight: of rank 3; accepted: up to rank 2"):
         pad_experts(tensors, [0, 2, 6, 0, 1])
-    with pytest.raises(ValueError, match="3.up_proj.weight: full-size; accepted: up to rank 2"):
+    with pytest.raises(ValueError, match="3.gate_proj.weight: full-size; accepted: up to rank 2"):
         pad_experts(tensors, [0, 4, 6, 2, 1])
 
 
