@@ -22,6 +22,7 @@ PRIVATE = ("_aten", "_native", "_triton")
 PLAN = (
     (
         "accuracy",
+        "adapter_config",
         "baselines",
         "checkpoint_layout",
         "checks",
@@ -34,7 +35,7 @@ PLAN = (
         "timing",
         "tuning",
     ),
-    ("native", "projection", "storage", "testing"),
+    ("adapters", "native", "projection", "storage", "testing"),
     ("backend", "floors", "library", "schedule"),
     ("preparation",),
     ("_aten",),
@@ -43,7 +44,9 @@ PLAN = (
     ("flops", "layer"),
     ("model",),
     ("checkpoint",),
-    ("demo", "environment", "explain"),
+    ("adapter_base", "adapter_export", "demo", "environment", "explain"),
+    ("adapter_others",),
+    ("adapter_import",),
     ("commands",),
     ("cli",),
 )
