@@ -291,8 +291,7 @@ def test_bfloat16_base(dense, tmp_path):
     """Factors in the base's dtype, or in the adapter's own."""
     dense_model().bfloat16().save_pretrained(tmp_path / "base")
     adapt(dense_model(), tmp_path / "a", 1)
-    for dtype in (None, torch.float32):
-        out = tmp_path / str(dtype)
+    for dtype, out in ((None, tmp_path / "narrow"), (torch.float32, tmp_path / "wide")):
         import_adapters(tmp_path / "base", [tmp_path / "a"], out, dtype=dtype)
         written = load_file(out / "model.safetensors")
         found = {t.dtype for name, t in written.items() if "_proj_" in name}
