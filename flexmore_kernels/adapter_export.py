@@ -9,18 +9,18 @@ with that expert alone (whose routing weight is then 1).
 from __future__ import annotations
 
 import collections
-import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .adapter_config import CONFIG_FILE, WEIGHTS_FILE
 from .checkpoint import read_tensors
-from .checkpoint_layout import PROJECTIONS, as_triple, mlp_prefix, read_layout
+from .checkpoint_config import as_triple
+from .checkpoint_layout import PROJECTIONS, mlp_prefix, read_layout
+from .checkpoint_writer import refuse_existing, write_json, write_tensors
 from .checks import check_int
 
 
@@ -40,8 +40,7 @@ def export_adapter(
     layout = read_layout(checkpoint)
     expert = check_int("expert", expert, 1, layout.config["num_experts"] - 1)
     directory = Path(out)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(f"out: {directory} exists; accepted: a new or an empty directory")
+    refuse_existing(directory)
     ranks: dict[str, int] = {}
     for layer, entries in enumerate(layout.layer_ranks):
         for projection, kind in zip(PROJECTIONS, as_triple(entries[expert]), strict=True):
@@ -60,13 +59,13 @@ def export_adapter(
         for name, tensor in read_tensors(layout, prefix).items():
             module, side = name.removesuffix(".weight").rsplit("_", 1)
             key = f"base_model.model.{mlp_prefix(layer)}{module}.lora_{side.upper()}.weight"
-            tensors[key] = tensor.contiguous()
+            tensors[key] = tensor
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_tensors(partial / WEIGHTS_FILE, tensors)
         config = _config(ranks, len(layout.layer_ranks), base_name)
-        (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        write_json(partial / CONFIG_FILE, config)
         partial.chmod(0o755)
         os.replace(partial, directory)
     except BaseException:

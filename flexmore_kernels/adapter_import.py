@@ -16,7 +16,8 @@ What an adapter changes beside the FFN is shared by all experts, so it cannot be
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,20 +25,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from .adapter_base import (
-    BaseCheckpoint,
-    accumulator,
-    config_ranks,
-    expert_entry,
-    put_entry,
-    shortest_entry,
-)
-from .adapter_others import OtherPart, Others
-from .adapters import Adapter, Place, shortest
-from .checkpoint import save_checkpoint
+from .adapter_base import BaseCheckpoint, expert_entry, put_entry
+from .adapter_config import CONFIG_FILE, WEIGHTS_FILE
+from .adapter_others import OtherPart, Others, parts_of
+from .adapters import Adapter, Place, accumulator, shortest
+from .checkpoint import read_tensors
+from .checkpoint_config import RANK_KEYS, with_ranks
+from .checkpoint_config import shortest as shortest_entry
 from .checkpoint_layout import PROJECTIONS, mlp_prefix
+from .checkpoint_writer import CheckpointWriter, copy_side_files, fingerprint
 from .checks import check_int, check_one_of
-from .model import FlexMoREConfig
+from .model_config import FlexMoREConfig
 
 OTHER = ("refuse", "drop", "average")
 Factors = tuple[Tensor, Tensor]
@@ -70,7 +68,8 @@ def import_adapters(
         base: a dense `olmo2` checkpoint, or a mixture's, of which expert 0 is the base.
         adapters: PEFT directories; those of dense FFNs become experts in this order, behind the
             base's.
-        out: a new or an empty directory.
+        out: a new or an empty directory; written layer by layer, whole or not at all. The same call
+            goes on where a killed one stopped.
         other: what to do with deltas of shared weights: "refuse", "drop" or "average".
         router_rows: safetensors with rows for the new experts (N, D), or for all (E, D): one tensor
             `gate.weight` for every layer, or `model.layers.{l}.mlp.gate.weight` for each. Default:
@@ -90,17 +89,35 @@ def import_adapters(
     job = _Import(source, opened, router_rows, dtype)
     config = job.config(top_k)
     others = Others(source, opened, other)
-    tensors: dict[str, Tensor] = {}
-    for done, part in enumerate(job.units(others)):
-        tensors |= part
-        say(f"{min(done, source.sizes.num_layers)} of {source.sizes.num_layers} layers")
-    config |= config_ranks(job.layer_ranks)
-    save_checkpoint(out, tensors, config)
+    for adapter in opened:
+        adapter.check_finite()
+    files = [Path(d) / name for d in adapters for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    files += [] if router_rows is None else [Path(router_rows)]
+    mark = fingerprint(
+        [source.layout], other=other, config=config, dtype=dtype, files=list(map(_state, files))
+    )
+    units = ["outside the layers", *(f"layer {i}" for i in range(source.sizes.num_layers))]
+    with CheckpointWriter(out, units, config=config, fingerprint=mark) as writer:
+        started, count = time.monotonic(), len(writer.remaining)
+        for done, unit in enumerate(writer.remaining, 1):
+            tensors, ranks = job.unit(units.index(unit) - 1, others)
+            writer.write(unit, tensors, facts={"ranks": ranks, "others": others.take()})
+            left = (time.monotonic() - started) / done * (count - done)
+            say(f"{unit} written, {done} of {count}, {left:.0f} s left")
+        copy_side_files(source.layout.directory, writer.folder)
+        facts = [writer.facts[unit] for unit in units]
+        layout = writer.finish(with_ranks(config, [fact["ranks"] for fact in facts[1:]]))
     experts = tuple(
-        (expert, adapter.name, tuple(ranks[expert] for ranks in job.layer_ranks))
+        (expert, adapter.name, tuple(ranks[expert] for ranks in layout.layer_ranks))
         for expert, adapter in enumerate(job.new, job.known)
     )
-    return ImportReport(experts, tuple(others.parts), tuple(job.notes))
+    counted = parts_of(row for fact in facts for row in fact["others"])
+    return ImportReport(experts, counted, tuple(job.notes))
+
+
+def _state(path: Path) -> tuple:
+    """What changes when a file does."""
+    return str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns
 
 
 class _Import:
@@ -116,10 +133,9 @@ class _Import:
         for adapter in self.new:
             if adapter in self.placed:
                 raise ValueError(f"{adapter.directory}: of a dense FFN and of a mixture's experts")
-        self.known = 1 if source.is_dense else source.config["num_experts"]
+        self.known = 1 if source.is_dense else source.layout.config["num_experts"]
         self.total = self.known + len(self.new)
         self.rows = None if router_rows is None else _RouterRows(router_rows, self)
-        self.layer_ranks: list[tuple] = []
         self.notes = _base_notes(source, adapters)
         if self.new and self.rows is None:
             self.notes.append(
@@ -129,9 +145,8 @@ class _Import:
 
     def config(self, top_k: int | None) -> dict[str, Any]:
         """config.json of the mixture, without its ranks."""
-        values = dict(self.source.config)
-        for name in ("expert_ranks", "layer_expert_ranks"):
-            values.pop(name, None)
+        values = {k: v for k, v in self.source.layout.config.items() if k not in RANK_KEYS}
+        values.pop("auto_map", None)
         known_k = self.total if self.source.is_dense else values["num_experts_per_tok"]
         values |= {
             "architectures": ["FlexMoREForCausalLM"],
@@ -139,23 +154,17 @@ class _Import:
             "num_experts": self.total,
             "num_experts_per_tok": check_int("top_k", top_k or known_k, 1, self.total),
         }
-        if self.source.is_dense:
-            values["norm_topk_prob"] = False
         FlexMoREConfig.from_dict(values)  # refuses what the decoder does not compute
         return values
 
-    def units(self, others: Others) -> Iterator[dict[str, Tensor]]:
-        """The tensors outside the layers, then those of one layer after the other."""
-        yield from self._outside(others)
-        for layer in range(self.source.sizes.num_layers):
-            yield self._layer(layer, others)
-
-    def _outside(self, others: Others) -> Iterator[dict[str, Tensor]]:
-        names = [name for name in self.source.shapes if not name.startswith("model.layers.")]
-        yield {name: others.applied(name, self.source.read(name)[name]) for name in names}
-
-    def _layer(self, layer: int, others: Others) -> dict[str, Tensor]:
-        stored = self.source.read(f"model.layers.{layer}.")
+    def unit(self, layer: int, others: Others) -> tuple[dict[str, Tensor], list]:
+        """The tensors and ranks of a layer; of -1 those outside the layers, which have none."""
+        layout, block = self.source.layout, f"model.layers.{layer}."
+        if layer < 0:
+            names = [name for name in layout.shapes if not name.startswith("model.layers.")]
+            found = read_tensors(layout, names=names)
+            return {name: others.applied(name, found[name]) for name in names}, []
+        stored = {block + rest: t for rest, t in read_tensors(layout, block).items()}
         prefix = f"{mlp_prefix(layer)}experts."
         tensors = {
             name: others.applied(name, tensor)
@@ -167,8 +176,7 @@ class _Import:
             [self._expert(layer, e, projection, stored, tensors) for projection in PROJECTIONS]
             for e in range(self.total)
         ]
-        self.layer_ranks.append(tuple(shortest_entry(own) for own in kinds))
-        return tensors
+        return tensors, [shortest_entry(own) for own in kinds]
 
     def _expert(self, layer, e, projection, stored, tensors) -> int | str:
         """Store one projection of an expert; returns its kind."""
@@ -261,7 +269,8 @@ def _added(weight: Tensor, pairs: Sequence[Factors]) -> Tensor:
 def _base_notes(source: BaseCheckpoint, adapters: Sequence[Adapter]) -> list[str]:
     """Where names say that adapters were trained on another base than this, or than each other."""
     named: Mapping[str, str] = {a.name: a.config.base for a in adapters if a.config.base}
-    own = source.config.get("_name_or_path") or str(source.directory.resolve())
+    directory = source.layout.directory.resolve()
+    own = source.layout.config.get("_name_or_path") or str(directory)
     if len({Path(base).name for base in named.values()}) > 1:
         told = ", ".join(f"{name}: {base}" for name, base in named.items())
         raise ValueError(f"adapters: for different bases ({told}); accepted: one base for all")

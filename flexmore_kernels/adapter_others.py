@@ -7,15 +7,17 @@ minus the average where the average is taken.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .adapter_base import BaseCheckpoint, accumulator
-from .adapters import Adapter, LowRankDelta
+from .adapter_base import BaseCheckpoint
+from .adapters import Adapter, LowRankDelta, accumulator
+from .checkpoint import read_tensors
 
 
 class OtherPart(NamedTuple):
@@ -43,7 +45,7 @@ class Others:
         self._sums: dict[tuple[str, str], list[float]] = {}
         for adapter in adapters:
             for name in (*adapter.others, *adapter.copies):
-                found = source.shapes.get(name)
+                found = source.layout.shapes.get(name)
                 own = adapter.copy(name).shape if name in adapter.copies else None
                 shape = adapter.other_shape(name) if own is None else tuple(own)
                 if shape != found:
@@ -52,14 +54,13 @@ class Others:
                         f"{adapter.directory}: {name} {shape}: an adapter for another base, which "
                         f"{has}"
                     )
+            for name in adapter.copies:
+                _check_copy(adapter, name, read_tensors(source.layout, names=[name])[name])
         if other == "refuse":
             self._refuse()
 
     def applied(self, name: str, weight: Tensor) -> Tensor:
         """The weight as the mixture has it; counts what is lost."""
-        for adapter in self.adapters:
-            if name in adapter.copies:
-                _check_copy(adapter, name, weight)
         holders = [adapter for adapter in self.adapters if name in adapter.others]
         if not holders:
             return weight
@@ -77,15 +78,11 @@ class Others:
             self._count(adapter, name, wide, float(delta.norm()), lost)
         return (wide + average).to(weight.dtype)
 
-    @property
-    def parts(self) -> list[OtherPart]:
-        """What was dropped or averaged, by adapter and kind."""
-        return [
-            OtherPart(
-                adapter, kind, int(count), *((s / base) ** 0.5 if base else 0.0 for s in sums)
-            )
-            for (adapter, kind), (count, base, *sums) in self._sums.items()
-        ]
+    def take(self) -> list[list]:
+        """What was counted since the last call, for `parts_of`; JSON can hold it."""
+        taken = [[*key, *sums] for key, sums in self._sums.items()]
+        self._sums = {}
+        return taken
 
     def _count(self, adapter: Adapter, name: str, weight: Tensor, size: float, lost: float) -> None:
         sums = self._sums.setdefault((adapter.name, _kind(name)), [0, 0.0, 0.0, 0.0])
@@ -101,6 +98,18 @@ class Others:
                     "tensors), which all experts share; accepted: an adapter of the FFNs alone, or "
                     'other="drop" or "average" (--other)'
                 )
+
+
+def parts_of(taken: Iterable[Sequence]) -> tuple[OtherPart, ...]:
+    """What was dropped or averaged, by adapter and kind, of all that `Others.take` returned."""
+    total: dict[tuple[str, str], list[float]] = {}
+    for adapter, kind, *sums in taken:
+        row = total.setdefault((adapter, kind), [0.0] * 4)
+        row[:] = [old + new for old, new in zip(row, sums, strict=True)]
+    return tuple(
+        OtherPart(*key, int(count), *(math.sqrt(s / base) if base else 0.0 for s in sums))
+        for key, (count, base, *sums) in total.items()
+    )
 
 
 def _kind(name: str) -> str:

@@ -66,13 +66,18 @@ class LowRankDelta(NamedTuple):
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """(a, b) in float32 (float64), the scale in b, and r <= min(out, in); None for zero."""
-        acc = torch.promote_types(self.a.dtype, torch.float32)
+        acc = accumulator(self.a)
         return shortest(self.a.to(acc), self.b.to(acc) * self.scale)
 
     def dense(self) -> Tensor:
         """The delta (out, in) in float32 (float64)."""
-        acc = torch.promote_types(self.a.dtype, torch.float32)
+        acc = accumulator(self.a)
         return (self.b.to(acc) * self.scale) @ self.a.to(acc)
+
+
+def accumulator(tensor: Tensor) -> torch.dtype:
+    """float32, or float64 for float64."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def shortest(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -146,7 +151,7 @@ class Adapter:
     def other(self, name: str) -> LowRankDelta | Tensor:
         """What the adapter adds to another tensor, or the tensor that stands in its place."""
         if name in self._full:
-            return self._read(self._full[name])
+            return self._file.get_tensor(self._full[name])
         module = self._low_rank[name]
         a, b = self._read_pair(module)
         if "lora_embedding" in self._pairs[module]["A"]:
@@ -164,22 +169,23 @@ class Adapter:
 
     def copy(self, name: str) -> Tensor:
         """The adapter's copy of a base tensor."""
-        return self._read(self.copies[name])
+        return self._file.get_tensor(self.copies[name])
+
+    def check_finite(self) -> None:
+        """Read every tensor; ValueError names one that holds NaN, Inf or integers."""
+        for key in self._shapes:
+            tensor = self._file.get_tensor(key)
+            if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+                raise self._error(key, "holds NaN, Inf or integers; accepted: finite floats")
 
     def _error(self, what: str, reason: str) -> ValueError:
         return ValueError(f"{self.directory}: {what}: {reason}")
-
-    def _read(self, key: str) -> Tensor:
-        tensor = self._file.get_tensor(key)
-        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
-            raise self._error(key, "holds NaN, Inf or integers; accepted: finite floats")
-        return tensor
 
     def _sides(self, module: str) -> tuple[str, str]:
         return self._pairs[module]["A"], self._pairs[module]["B"]
 
     def _read_pair(self, module: str) -> tuple[Tensor, Tensor]:
-        a, b = map(self._read, self._sides(module))
+        a, b = map(self._file.get_tensor, self._sides(module))
         return a, b
 
     def _sort(self, key: str) -> None:

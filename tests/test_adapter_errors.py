@@ -5,18 +5,21 @@ Adapters here are written by hand, without PEFT; the base is a dense OLMo-2 in t
 
 from __future__ import annotations
 
+import argparse
 import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from flexmore_kernels.adapter_config import read_adapter_config
 from flexmore_kernels.adapter_export import export_adapter
 from flexmore_kernels.adapter_import import import_adapters
-from flexmore_kernels.adapters import shortest
-from flexmore_kernels.checkpoint import make_demo_checkpoint
-from flexmore_kernels.checkpoint_layout import tensor_shapes
+from flexmore_kernels.adapters import Adapter, shortest
+from flexmore_kernels.checkpoint import load_model, make_demo_checkpoint, read_tensors
+from flexmore_kernels.checkpoint_layout import read_layout, tensor_shapes
+from flexmore_kernels.commands import export_adapter as export_command
+from flexmore_kernels.commands import import_adapters as import_command
 from flexmore_kernels.testing import assert_accurate, assert_same
 
 CONFIG = {
@@ -163,6 +166,53 @@ def test_export_refuses_what_is_no_delta(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"expert: {words}"):
             export_adapter(tmp_path / "made", expert, tmp_path / "out")
+
+
+def test_import_goes_on_after_a_kill(base, tmp_path, monkeypatch):
+    """The second run writes the layer alone, and knows what the first counted."""
+    lm_head = {f"base_model.model.lm_head.lora_{s}.weight": t
+               for s, t in (("A", torch.randn(2, 8)), ("B", torch.randn(7, 2)))}  # fmt: skip
+    write(tmp_path / "a", lm_head)
+    whole = import_adapters(base, [tmp_path / "a"], tmp_path / "whole", other="drop")
+    monkeypatch.setattr(Adapter, "delta", None)
+    with pytest.raises(TypeError):
+        import_adapters(base, [tmp_path / "a"], tmp_path / "out", other="drop")
+    assert not (tmp_path / "out").exists() and (tmp_path / ".out.partial").exists()
+    monkeypatch.undo()
+    lines = []
+    again = import_adapters(
+        base, [tmp_path / "a"], tmp_path / "out", other="drop", say=lines.append
+    )
+    assert again == whole and whole.others[0].kind == "lm_head"
+    assert lines == ["layer 0 written, 1 of 1, 0 s left"]
+    for file in sorted((tmp_path / "whole").iterdir()):
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_commands(base, tmp_path, capsys, dtype):
+    """A bfloat16 base: factors in its dtype, or in the adapter's own; an expert out again."""
+    path = base / "model.safetensors"
+    save_file({name: t.bfloat16() for name, t in load_file(path).items()}, path)
+    write(tmp_path / "a")
+    options = [] if dtype is None else ["--dtype", dtype]
+    out = str(tmp_path / "out")
+    assert call(import_command, str(base), str(tmp_path / "a"), out, *options) == 0
+    printed = capsys.readouterr().out
+    assert "expert 1: a, rank (gate/up/down) 2/0/0" in printed and "rows of zeros" in printed
+    kinds = {t.dtype for name, t in read_tensors(read_layout(out)).items() if "_proj_" in name}
+    assert kinds == {torch.float32 if dtype else torch.bfloat16}
+    assert load_model(out)(torch.tensor([[1, 2]])).isfinite().all()
+    assert call(export_command, out, "1", str(tmp_path / "again")) == 0
+    assert "1 modules, ranks 2 to 2" in capsys.readouterr().out
+    assert call(import_command, str(base), str(tmp_path / "again"), f"{out}2", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["experts"][0]["layer_ranks"] == [[2, 0, 0]]
+
+
+def call(command, *arguments):
+    parser = argparse.ArgumentParser()
+    command.add(parser)
+    return command.run(parser.parse_args(arguments))
 
 
 def test_shortest_drops_what_adds_nothing():

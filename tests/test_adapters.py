@@ -73,6 +73,12 @@ def as_flexmore(directory, experts):
     return directory
 
 
+def stored(directory):
+    """Every tensor of a directory."""
+    files = sorted(directory.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     directory = tmp_path_factory.mktemp("dense") / "base"
@@ -145,7 +151,7 @@ def test_fused_deltas_change_the_mixture_in_place(mixture, tmp_path, order):
 
 def low_rank_mixture(mixture, directory):
     """Expert 1 becomes a copy of the base, expert 2 the base with a delta of rank 2 in gate."""
-    tensors = load_file(mixture / "model.safetensors")
+    tensors = stored(mixture)
     factors = {}
     for layer in range(2):
         prefix = f"model.layers.{layer}.mlp.experts."
@@ -184,7 +190,7 @@ def test_deltas_of_single_experts(mixture, tmp_path):
     """The keys of adapters made where experts were modules: written by hand, merged by hand."""
     adapter = tmp_path / "a"
     adapter.mkdir()
-    tensors, merged = {}, load_file(mixture / "model.safetensors")
+    tensors, merged = {}, stored(mixture)
     for name, shape in (
         ("1.mlp.experts.2.gate_proj", (24, 16)),
         ("0.mlp.experts.1.down_proj", (16, 24)),
@@ -197,7 +203,7 @@ def test_deltas_of_single_experts(mixture, tmp_path):
     config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     import_adapters(mixture, [adapter], tmp_path / "out")
-    written = load_file(tmp_path / "out/model.safetensors")
+    written = stored(tmp_path / "out")
     for name, tensor in merged.items():
         # One product in another order: a rounding of each of its three terms and of their sum.
         assert torch.allclose(written[name], tensor, rtol=0, atol=8 * 2**-24 * 40), name
@@ -216,7 +222,7 @@ def test_other_deltas_are_averaged(dense, tmp_path):
         dense, [tmp_path / "a", tmp_path / "b"], tmp_path / "two", other="average"
     )
     name = "model.layers.0.self_attn.q_proj.weight"
-    base, one, two = (load_file(d / "model.safetensors")[name].double()
+    base, one, two = (stored(d)[name].double()
                       for d in (dense, tmp_path / "out", tmp_path / "two"))  # fmt: skip
     # Each of the two sums was rounded once to float32.
     assert float((two - base - (one - base) / 2).abs().max()) <= 2**-24 * float(one.abs().max()) * 2
@@ -227,14 +233,14 @@ def test_other_deltas_are_averaged(dense, tmp_path):
 def test_other_deltas_are_dropped_with_their_size(dense, tmp_path):
     adapt(dense_model(), tmp_path / "a", 1, **OTHER)
     report = import_adapters(dense, [tmp_path / "a"], tmp_path / "out", other="drop")
-    written, base = (load_file(d / "model.safetensors") for d in (tmp_path / "out", dense))
-    stored = load_file(tmp_path / "a/adapter_model.safetensors")
+    written, base = (stored(d) for d in (tmp_path / "out", dense))
+    held = stored(tmp_path / "a")
     found = {part.kind: part for part in report.others}
     assert set(found) == {"self_attn.q_proj", "self_attn.o_proj", "lm_head", "embed_tokens"}
     for name in ("lm_head.weight", "model.embed_tokens.weight"):
         assert_same(written[name], base[name], name)
-    delta = 2.0 * stored["base_model.model.lm_head.lora_B.weight"].double()
-    delta = delta @ stored["base_model.model.lm_head.lora_A.weight"].double()
+    delta = 2.0 * held["base_model.model.lm_head.lora_B.weight"].double()
+    delta = delta @ held["base_model.model.lm_head.lora_A.weight"].double()
     size = float(delta.norm() / base["lm_head.weight"].double().norm())
     assert found["lm_head"].size == pytest.approx(size, rel=1e-5)
     assert found["self_attn.q_proj"].tensors == 2
@@ -260,7 +266,7 @@ def test_export_is_an_adapter_that_peft_loads(dense, tmp_path):
     with torch.no_grad():
         assert_accurate(model(IDS).logits, exact, same)
     import_adapters(dense, [tmp_path / "b", tmp_path / "again"], tmp_path / "twice")
-    first, again = (load_file(tmp_path / d / "model.safetensors") for d in ("mixture", "twice"))
+    first, again = (stored(tmp_path / d) for d in ("mixture", "twice"))
     for name, tensor in first.items():
         assert_same(again[name], tensor, name)
 
@@ -275,26 +281,13 @@ def test_router_rows(dense, mixture, tmp_path):
             base, [tmp_path / "a"], out, router_rows=tmp_path / "rows.safetensors"
         )
         name = "model.layers.1.mlp.gate.weight"
-        written = load_file(out / "model.safetensors")[name]
+        written = stored(out)[name]
         assert written.shape == (known + 1, 16) and not any("router" in n for n in report.notes)
         assert_same(written[known:], rows)
         assert logits(out).isfinite().all()
-    assert_same(written[:3], load_file(mixture / "model.safetensors")[name])
+    assert_same(written[:3], stored(mixture)[name])
     save_file({"gate.weight": torch.randn(3, 16)}, tmp_path / "rows.safetensors")
     with pytest.raises(ValueError, match=r"router_rows: got \(3, 16\) for layer 0"):
         import_adapters(
             dense, [tmp_path / "a"], tmp_path / "no", router_rows=tmp_path / "rows.safetensors"
         )
-
-
-def test_bfloat16_base(dense, tmp_path):
-    """Factors in the base's dtype, or in the adapter's own."""
-    dense_model().bfloat16().save_pretrained(tmp_path / "base")
-    adapt(dense_model(), tmp_path / "a", 1)
-    for dtype, out in ((None, tmp_path / "narrow"), (torch.float32, tmp_path / "wide")):
-        import_adapters(tmp_path / "base", [tmp_path / "a"], out, dtype=dtype)
-        written = load_file(out / "model.safetensors")
-        found = {t.dtype for name, t in written.items() if "_proj_" in name}
-        assert found == {dtype or torch.bfloat16}
-        assert written["model.layers.0.mlp.gate.weight"].dtype == torch.bfloat16
-        assert logits(out).isfinite().all()

@@ -60,8 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"  expert {expert}: {name}, rank (gate/up/down) {words}")
     for part in report.others:
         print(
-            f"  {part.adapter}: {part.kind}, {part.tensors} tensors, |delta| {part.size:.3g} of the "
-            f"base's norm, {part.lost:.3g} of it not in the mixture"
+            f"  {part.adapter}: {part.kind}, {part.tensors} tensors: the deltas' norm is "
+            f"{part.size:.3g} of the base's; of what the mixture lacks of them {part.lost:.3g}"
         )
     for note in report.notes:
         print(f"  note: {note}")
