@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from .adapters import Base
-from .checkpoint_config import check_config
+from .checkpoint_config import RANK_KEYS, check_config
 from .checkpoint_headers import read_headers, read_json
 from .checkpoint_layout import Layout, Part, mlp_prefix, read_layout, tensor_shapes
 
@@ -43,7 +43,8 @@ class BaseCheckpoint:
 def _dense_layout(directory: Path, config: Mapping[str, Any]) -> Layout:
     """A dense OLMo-2's tensors under a mixture's names; ValueError names one that is not there."""
     one = {"model_type": "flexmore", "num_experts": 1, "num_experts_per_tok": 1}
-    config = check_config({**config, **one, "expert_ranks": [0], "norm_topk_prob": False})
+    rest = {name: value for name, value in config.items() if name not in RANK_KEYS}
+    config = check_config({**rest, **one, "expert_ranks": [0], "norm_topk_prob": False})
     stored = read_headers(directory)
     ranks = ((0,),) * config["num_hidden_layers"]
     shapes = tensor_shapes(config, ranks)

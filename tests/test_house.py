@@ -59,7 +59,7 @@ PLAN = (
     ("model",),
     ("checkpoint",),
     ("adapter_base", "adapter_export", "demo", "environment", "explain"),
-    ("adapter_others",),
+    ("adapter_others", "verification"),
     ("adapter_import",),
     ("commands",),
     ("cli",),
