@@ -121,7 +121,7 @@ class _Plan:
         self.params, self.trained = self._count()
 
     def _count(self) -> tuple[int, dict[int, int]]:
-        """Parameters, and how many are trained by layer; -1 stands for those outside."""
+        """Parameters, and how many are trained by layer; -1: behind them, -2: the embedding."""
         config = self.config
         values = {
             name: getattr(config, name)
@@ -129,13 +129,15 @@ class _Plan:
                          "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings")
         }  # fmt: skip
         ranks = [layer.ranks for layer in self.layers]
-        total, trained = 0, dict.fromkeys(range(-1, len(ranks)), 0)
+        total, trained = 0, dict.fromkeys(range(-2, len(ranks)), 0)
         for name, shape in tensor_shapes(values, ranks, config.expert_bias).items():
             size = math.prod(shape)
             total += size
             factor = "_proj_a." in name or "_proj_b." in name or ".mlp.gate." in name
             if self.use.train == "all" or (self.use.train and factor):
                 layer = int(name.split(".")[2]) if name.startswith("model.layers.") else -1
+                if "embed_tokens" in name and not config.tie_word_embeddings:
+                    layer = -2
                 trained[layer] += size
         return total, trained
 
@@ -192,6 +194,9 @@ class _Plan:
                 held - self._norm(D) * T + 2 * T * D * w + logits + backward[layer] + grads
             )
             held -= saved[i]
+        # Tied, the embedding's own gradient is added to the head's; it is as large.
+        last = self.V * D * w if everything else 0
+        stages["backward of the embedding"] = logits + grads + last + T * D * w
         return stages
 
     def _norm(self, width: int) -> int:
