@@ -32,6 +32,7 @@ PLAN = (
         "rotary",
         "shapes",
         "slow_paths",
+        "text",
         "timing",
         "tuning",
     ),
