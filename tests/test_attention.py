@@ -94,11 +94,13 @@ def test_rotated_heads(each, shape, dtype, device, kernels):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("end", (1, 33, 150))
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "end"),
+    [("even", 1), ("grouped", 33), ("grouped", 150), ("one_token", 150), ("large_heads", 33)],
+)
 def test_one_token_against_a_cache(shape, end, dtype, device, kernels):
     skip(kernels, device, dtype)
-    B, _, H, kv, d = shape
+    B, _, H, kv, d = SHAPES[shape]
     columns = 160
     real = torch.zeros(B, columns, dtype=torch.bool, device=device)
     for row in range(B):  # left padding, a whole part of the columns among it
@@ -106,7 +108,8 @@ def test_one_token_against_a_cache(shape, end, dtype, device, kernels):
     allowed = real[:, None, None]
     filled = Filled(real, torch.tensor([end], device=device))
     found, exact, same = [], [], []
-    for _ in range(4):  # a token of one head has few numbers
+    # All numbers of a head share the few roundings of its weights; float64 has room for any luck.
+    for _ in range(1 if dtype == torch.float64 else 12):
         q = draw(B, H, 1, d, device=device, dtype=dtype)
         keys, values = (draw(B, kv, columns, d, device=device, dtype=dtype) for _ in "kv")
         given = (q, keys, values)
