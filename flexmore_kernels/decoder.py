@@ -8,28 +8,26 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from . import ops
 from .counters import RouterStatistics
 from .kv_cache import Heads, KVCache, Step, uncached
 from .layer import FlexMoRE
 from .model_config import FlexMoREConfig
-from .rotary import rotate
+from .ops.attention import attend, rotated_heads
+from .ops.rms_norm import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight in float32 (float64), rounded once: OLMo-2's order."""
+    """x / sqrt(mean(x^2) + eps) * weight in float32 (float64), rounded once; plus a residual."""
 
     def __init__(self, size: int, eps: float, **kind) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size, **kind))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        x_acc = x.to(torch.promote_types(x.dtype, torch.float32))
-        x_acc = x_acc * torch.rsqrt(x_acc.square().mean(-1, keepdim=True) + self.eps)
-        return (self.weight * x_acc).to(x.dtype)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return rms_norm(x, self.weight, self.eps, residual)
 
 
 class Attention(nn.Module):
@@ -47,16 +45,17 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(width, D, bias=False, **kind)
         self.q_norm, self.k_norm = RMSNorm(width, eps, **kind), RMSNorm(groups, eps, **kind)
 
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
     def forward(self, h: Tensor, step: Step, cache: KVCache | None) -> Tensor:
-        q = rotate(self._split(self.q_norm(self.q_proj(h))), step.rotary)
-        k = rotate(self._split(self.k_norm(self.k_proj(h))), step.rotary)
-        v = self._split(self.v_proj(h))
+        place = None if cache is None else cache.place(self.layer)
+        q, k, v = rotated_heads(
+            *(self.q_proj(h), self.k_proj(h), self.v_proj(h)),
+            *(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps),
+            step.rotary,
+            place,
+        )
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        y = attend(q, k, v, step.allowed, step.causal)
+        y = attend(q, k, v, step.allowed, step.causal, step.filled)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -84,7 +83,7 @@ class Block(nn.Module):
         self.post_feedforward_layernorm = RMSNorm(D, eps, **kind)
 
     def forward(self, h, step, expert_mask, cache, counted) -> Tensor:
-        h = h + self.post_attention_layernorm(self.self_attn(h, step, cache))
+        h = self.post_attention_layernorm(self.self_attn(h, step, cache), h)
         if self.statistics is None:
             y = self.mlp(h, expert_mask=expert_mask)
         else:
@@ -96,7 +95,7 @@ class Block(nn.Module):
                     padding_mask=counted,
                 )
             )  # fmt: skip
-        return h + self.post_feedforward_layernorm(y)
+        return self.post_feedforward_layernorm(y, h)
 
 
 class Decoder(nn.Module):
@@ -127,22 +126,3 @@ class Decoder(nn.Module):
         for layer in self.layers:
             h = layer(h, step, expert_mask, cache, mask)
         return self.norm(h[:, -keep:])
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, causal: bool) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v over the allowed columns, (B, H, S, d); k and v (B, H / G, C, d).
-
-    allowed: bool (B, 1, S, C), or None: all, or with `causal` those up to the row's own.
-    """
-    shape, groups = q.shape, q.shape[1] // k.shape[1]
-    if groups > 1 and shape[2] == 1:
-        # One token: a group's heads are rows against the same keys, which are read once.
-        q, groups = q.view(shape[0], -1, groups, shape[3]), 1
-    elif groups > 1 and allowed is not None:
-        # With a mask, none of the fast kernels takes groups.
-        k, v = (part.repeat_interleave(groups, 1) for part in (k, v))
-        groups = 1
-    y = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=allowed, is_causal=causal, enable_gqa=groups > 1
-    )
-    return y.reshape(shape)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .checks import check_int
 from .model_config import FlexMoREConfig
+from .ops.attention import Filled, Place
 from .rotary import rotary_table
 
 COLUMNS_MULTIPLE = 16  # a mask's rows of a multiple of 16 bytes are read by attention as they lie
@@ -25,11 +26,13 @@ class Step(NamedTuple):
 
     rotary: cos and sin (B or 1, S, d/2) of their positions. allowed: bool, broadcast to (B, 1, S,
     columns), the columns that a token may see, or None: all, or with `causal` those before it.
+    filled: the same, of one token against a static cache, as `ops.attention` takes it.
     """
 
     rotary: tuple[Tensor, Tensor]
     allowed: Tensor | None
     causal: bool
+    filled: Filled | None = None
 
 
 class Heads(NamedTuple):
@@ -123,6 +126,10 @@ class KVCache:
                     "the same, or None: a request's mask is fixed for its life"
                 )
         return self.expert_mask
+
+    def place(self, layer: int) -> Place | None:
+        """Where a layer's new keys and values are written to; None: they are given to `update`."""
+        return None
 
     def reset(self) -> None:
         """Empty the cache for other requests."""
@@ -247,21 +254,22 @@ class StaticCache(KVCache):
             positions = self.position + first_positions(real, length, device)
             self.position += real.sum(1, keepdim=True)
         self.next += length
+        filled = None
         if past == 0:
             allowed = among_themselves(mask, length)
         elif length == 1 and mask is None:
-            allowed = self.real[:, None, None, :]
+            allowed, filled = self.real[:, None, None, :], Filled(self.real, self.next)
         else:
             allowed = _visible(self.real, self._now, self.columns)
         cos, sin = self.rotary
-        return Step((cos[positions], sin[positions]), allowed, allowed is None)
+        return Step((cos[positions], sin[positions]), allowed, allowed is None, filled)
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write a layer's new keys and values (B, H, S, d); return those to attend to."""
-        if torch.is_grad_enabled() and k.requires_grad:
-            raise ValueError("cache: got a StaticCache with gradients; accepted: in torch.no_grad")
-        keys, values = self.keys[layer], self.values[layer]
-        keys.index_copy_(2, self._now, k.to(keys.dtype))
-        values.index_copy_(2, self._now, v.to(values.dtype))
-        # All that there is came now: attend to it as it is, causally, not to the empty columns.
-        return (k, v) if self.length == k.shape[2] else (keys, values)
+    def place(self, layer: int) -> Place:
+        return Place(self.keys[layer], self.values[layer], self._now)
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a layer's keys and values, which are written, those to attend to."""
+        if self.length > self._now.shape[0]:
+            return keys, values
+        # All that there is came now: attend to it causally, not to the empty columns.
+        return keys[:, :, : self.length], values[:, :, : self.length]

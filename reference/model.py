@@ -4,11 +4,9 @@ h = embed(ids)
 per layer:   h = h + norm(attention(h));   h = h + norm(FlexMoRE(h))        norms after, not before
 logits = W_lm norm(h)
 
-norm(x) = w * x / sqrt(mean(x^2) + eps)              in acc, the weight too, then rounded
-attention: q = rope(norm(Wq h)), k = rope(norm(Wk h)) with the norm over the full width, all heads
-together; v = Wv h; softmax(q k^T / sqrt(d)) v over the earlier positions; Wo
-rope(x)_i = x_i cos(p f_i) - x_{i+d/2} sin(p f_i),  rope(x)_{i+d/2} = x_{i+d/2} cos + x_i sin,
-f_i = theta^(-2i/d), at position p, in acc; p counts a request's tokens from 0, padding not
+norm: rms_norm.py; attention (attention.py): q = rope(norm(Wq h)), k = rope(norm(Wk h)) with the
+norm over the full width, all heads together; v = Wv h; softmax(q k^T / sqrt(d)) v over the earlier
+positions; Wo. Positions count a request's tokens from 0, padding not.
 
 With a cache, the keys and values of earlier calls' tokens come before those of this call's.
 """
@@ -19,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .attention import attention, rope
 from .layer import FlexMoRE
+from .rms_norm import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -31,21 +31,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x_acc = x.to(torch.promote_types(x.dtype, torch.float32))
-        x_acc = x_acc * torch.rsqrt(x_acc.square().mean(-1, keepdim=True) + self.eps)
-        return (self.weight * x_acc).to(x.dtype)
-
-
-def rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """x (B, heads, S, d) at positions (B, S)."""
-    d = x.shape[-1]
-    acc = torch.promote_types(x.dtype, torch.float32)
-    i = torch.arange(0, d, 2, device=x.device, dtype=acc)
-    frequency = 1 / theta ** (i / d)
-    angle = positions.to(acc)[:, None, :, None] * frequency
-    first, second = x.to(acc).chunk(2, dim=-1)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -76,11 +62,7 @@ class Attention(nn.Module):
             torch.cat([*old, new], 2) for old, new in zip(past or ((), ()), (k, v), strict=True)
         )
         past[:] = [(k,), (v,)]
-        k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
-        scores = (q @ k.transpose(-1, -2)) * self.head_dim**-0.5
-        acc = torch.promote_types(h.dtype, torch.float32)
-        p = scores.to(acc).masked_fill(~allowed, -torch.inf).softmax(-1).to(h.dtype)
-        return self.o_proj((p @ v).transpose(1, 2).flatten(2))
+        return self.o_proj(attention(q, k, v, allowed).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
