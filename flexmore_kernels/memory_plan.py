@@ -6,10 +6,8 @@ of k and v; E experts, K a token, H heads, V the vocabulary.
     weights       w times the parameters
     kv_cache      2 L B ceil16(S + new) W_kv w
     work          the largest of what is alive at a time, beside the three above and below:
-      attention   T w (D + W_q) + r(W_q), T w (D + W_q + W_kv) + r(W_kv) where RoPE turns q and k,
-                  r(W) = T W (2 a, and a more where w < a), or T w (2 D + 2 W_q + 2 W_kv)
-      mixture     2 T D w (before and after attention) + `memory_workspace.forward_bytes`, or, if
-                  more, the norm's T D (w + 2 a, and w more where w < a)
+      attention   T w (D + 2 W_q + 4 W_kv): q, k, v before and after norms and RoPE
+      mixture     2 T D w (before and after attention) + `memory_workspace.forward_bytes`
       logits      (D + V) w of every token that gets them, T or B
     gradients     w times the trained parameters, and 2 w for AdamW's moments
     saved         for the backward, a token and layer; n(W) = a W + a is a norm's, + a W if trained
@@ -159,19 +157,13 @@ class _Plan:
         )  # fmt: skip
 
     def _inference(self) -> dict[str, int]:
-        T, D, w, a = self.T, self.D, self.w, self.a
+        T, D, w = self.T, self.D, self.w
         forward = max(forward_bytes(layer, T, self.use.hopper) for layer in set(self.layers))
         rows = T if self.use.all_logits else self.use.batch
-        turn = 2 * a + (a if w < a else 0)
-        attention = max(
-            w * (D + self.W_q) + turn * self.W_q,
-            w * (D + self.W_q + self.W_kv) + turn * self.W_kv,
-            2 * w * (D + self.W_q + self.W_kv),
-        )
-        norm = D * (w + 2 * a + (w if w < a else 0))
+        attention = w * (D + 2 * self.W_q + 4 * self.W_kv)
         return {
             "attention": T * attention + self._rotary(),
-            "mixture": 2 * T * D * w + max(forward, T * norm) + self._rotary(),
+            "mixture": 2 * T * D * w + forward + self._rotary(),
             "logits": rows * w * (D + self.V),
         }
 
