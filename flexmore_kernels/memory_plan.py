@@ -226,7 +226,7 @@ def largest(fits: Callable[[int], bool], limit: int = 1 << 22) -> int:
 
 
 def advice(config: FlexMoREConfig, use: Use, available: int) -> list[str]:
-    """What to change, one thing at a time, so that the plan's peak is at most `available` bytes."""
+    """What to change, each alone, so that the plan's peak is at most `available` bytes."""
 
     def fits(config: FlexMoREConfig = config, **change) -> bool:
         return plan_memory(config, use._replace(**change)).peak <= available
@@ -237,8 +237,10 @@ def advice(config: FlexMoREConfig, use: Use, available: int) -> list[str]:
         found.append(f"--tokens {tokens}")
     if use.batch > 1 and (batch := largest(lambda n: fits(batch=n), use.batch)):
         found.append(f"--batch {batch}")
-    if use.train == "all" and fits(train="factors"):
-        found.append("--train factors: the base stays as it is")
+    if use.train == "all":
+        tokens = largest(lambda n: fits(tokens=n, train="factors"), use.tokens)
+        fewer = f" --tokens {tokens}" if tokens < use.tokens else ""
+        found += [f"--train factors{fewer}: the base stays as it is"] if tokens else []
     if use.dtype.itemsize > 2 and fits(dtype=torch.bfloat16):
         found.append("--dtype bfloat16")
     rank = largest(lambda r: fits(_with_rank(config, r)), min(config.hidden_size,

@@ -90,7 +90,7 @@ def dense(tmp_path_factory):
 def mixture(tmp_path_factory):
     directory = tmp_path_factory.mktemp("mixture") / "base"
     mixture_model().save_pretrained(directory)
-    return as_flexmore(directory, 3)
+    return directory
 
 
 def logits(directory, expert=None):

@@ -168,6 +168,12 @@ def test_advice_fits():
         config = fk.FlexMoREConfig(expert_ranks=[0, *[one] * 6])
         assert (plan_memory(config, use).peak <= 300 << 30) is fits
     assert memory_plan.advice(config, use, 1 << 30) == []
+    small = fk.FlexMoREConfig(expert_ranks=[0, 16], num_experts_per_tok=2)
+    found = memory_plan.advice(small, use, 23 << 30)
+    tokens = int(found[0].removeprefix("--train factors --tokens ").split(":")[0])
+    use = use._replace(train="factors", tokens=tokens)
+    assert plan_memory(small, use).peak <= 23 << 30
+    assert plan_memory(small, use._replace(tokens=tokens + 1)).peak > 23 << 30
 
 
 def call(*arguments):
