@@ -139,12 +139,16 @@ def test_adapters_become_experts(dense, tmp_path):
         assert_accurate(logits(out, 0), base.double()(IDS).logits, same, name="base")
 
 
-@pytest.mark.parametrize("order", [FUSED, FUSED[::-1], FUSED[1:]], ids=["up", "down", "one"])
+ORDERS = {"up": FUSED, "down": FUSED[::-1], "one": FUSED[1:], "router": [*FUSED, "mlp.gate.weight"]}
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 def test_fused_deltas_change_the_mixture_in_place(mixture, tmp_path, order):
     options = {"target_modules": [], "target_parameters": order, "lora_alpha": 6}
-    options["rank_pattern"] = {"mlp.experts.down_proj": 2}
+    options["rank_pattern"] = {"mlp.experts.down_proj": 2, "mlp.gate.weight": 3}
     exact, same = adapt(mixture_model(), tmp_path / "a", 1, **options)
-    import_adapters(mixture, [tmp_path / "a"], tmp_path / "out")
+    other = "average" if len(order) == 3 else "refuse"  # the router's rows are all experts'
+    import_adapters(mixture, [tmp_path / "a"], tmp_path / "out", other=other)
     assert read_layout(tmp_path / "out").layer_ranks == ((0, 0, 0),) * 2
     assert_accurate(logits(tmp_path / "out"), exact, same)
 
