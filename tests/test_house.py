@@ -43,7 +43,7 @@ PLAN = (
     ("flops", "layer"),
     ("model",),
     ("checkpoint",),
-    ("demo", "environment", "explain"),
+    ("conversion", "demo", "environment", "explain"),
     ("commands",),
     ("cli",),
 )
