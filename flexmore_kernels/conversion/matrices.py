@@ -1,6 +1,6 @@
 """A checkpoint's experts as differences to the public expert, one layer at a time.
 
-    delta = W_e - W_0 for a full-size matrix,   delta = b a for a low-rank one,   in float64
+delta = W_e - W_0 for a full-size matrix,   delta = b a for a low-rank one,   in float64
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checkpoint import read_layer, read_tensors
+from ..checkpoint import read_tensors
 from ..checkpoint_config import as_triple
 from ..checkpoint_layout import PROJECTIONS, Layout, mlp_prefix
 from .report import Size
@@ -40,13 +40,13 @@ class Key(NamedTuple):
         return f"layer {self.layer}, expert {self.expert}, {self.projection}"
 
 
-def unit_of(layer: int) -> str:
-    return f"layer {layer}"
+def unit_of(layer: int | None) -> str:
+    """What is read and written together: a layer, or (None) what is outside of the layers."""
+    return ENDS if layer is None else f"layer {layer}"
 
 
 def units_of(layout: Layout) -> list[str]:
-    """What is read and written together: what is outside of the layers, and each layer."""
-    return [ENDS, *(unit_of(layer) for layer in range(len(layout.layer_ranks)))]
+    return [unit_of(layer) for layer in (None, *range(len(layout.layer_ranks)))]
 
 
 def keys_of(layout: Layout, layer: int) -> list[Key]:
@@ -63,6 +63,11 @@ def stored_rank(layout: Layout, key: Key) -> int | str:
     """What the checkpoint has of a matrix: "full", 0 for no delta, or a rank."""
     entry = as_triple(layout.layer_ranks[key.layer][key.expert])
     return entry[PROJECTIONS.index(key.projection)]
+
+
+def sizes_of(layout: Layout) -> tuple[int, int]:
+    """D and F."""
+    return layout.config["hidden_size"], layout.config["intermediate_size"]
 
 
 def size_of(layout: Layout, dtype: torch.dtype | None = None, rest: bool = False) -> Size:
@@ -95,7 +100,8 @@ class SourceLayer:
 
     def __init__(self, layout: Layout, layer: int, device: torch.device) -> None:
         self.layout, self.layer, self.device = layout, layer, device
-        self.tensors = read_layer(layout, layer)
+        # Straight to the device, which also looks for NaN faster.
+        self.tensors = read_tensors(layout, mlp_prefix(layer), device=device)
         self._base: tuple[str, Tensor] | None = None
 
     def delta(self, key: Key) -> Tensor:
@@ -125,4 +131,4 @@ class SourceLayer:
         return {k: t for k, t in self.tensors.items() if k.startswith(("gate.", "experts.0."))}
 
     def _double(self, name: str) -> Tensor:
-        return self.tensors[name].to(self.device).double()
+        return self.tensors[name].double()

@@ -1,6 +1,6 @@
 """Pictures of conversions as SVG text: ranks and errors by layer and matrix; error over size.
 
-Drawn by hand, so that nothing beside the package is needed and the same report gives the same bytes.
+Drawn by hand, so that no other package is needed and a report always gives the same bytes.
 """
 
 from __future__ import annotations
@@ -10,19 +10,20 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
+from ..checkpoint_layout import PROJECTIONS
+
 if TYPE_CHECKING:
     from .report import Matrix
 
 # Dark to light at even steps of lightness, so that it reads in grey too; full size is no number.
 _RAMP = ("#2c115f", "#721f81", "#b73779", "#f1605d", "#feb078", "#fcfdbf")
 _FULL, _NONE, _INK, _FAINT = "#9ecae1", "#ffffff", "#222222", "#999999"
-_LETTERS = {"gate": "g", "up": "u", "down": "d"}
 
 
 def draw(title: str, matrices: Sequence[Matrix]) -> str:
     """Two maps, a row a layer and a column a matrix of each expert: rank, and relative error."""
     layers = sorted({m.layer for m in matrices})
-    columns = sorted({(m.expert, "gate up down".split().index(m.projection)) for m in matrices})
+    columns = sorted({(m.expert, PROJECTIONS.index(m.projection)) for m in matrices})
     cell = max(5, min(18, 520 // max(len(columns), 1)))
     tall = max(6, min(18, 620 // max(len(layers), 1)))
     width, height = cell * len(columns), tall * len(layers)
@@ -95,7 +96,7 @@ def _map(x, y, cell, tall, layers, columns, matrices, colour) -> list[str]:
     column_of = {column: i for i, column in enumerate(columns)}
     parts = []
     for m in matrices:
-        left = x + cell * column_of[m.expert, "gate up down".split().index(m.projection)]
+        left = x + cell * column_of[m.expert, PROJECTIONS.index(m.projection)]
         error = f"{m.error / m.norm:.4g}" if m.norm else "0"
         said = f"layer {m.layer}, expert {m.expert}, {m.projection}: rank {m.rank}, error {error}"
         parts.append(
@@ -118,7 +119,7 @@ def _map(x, y, cell, tall, layers, columns, matrices, colour) -> list[str]:
             parts.append(_text((left + right) / 2, y - 4, str(expert), 10, "middle"))
         if cell >= 8:
             for (_, projection), i in ((c, i) for c, i in column_of.items() if c[0] == expert):
-                letter = "gud"[projection]
+                letter = PROJECTIONS[projection][0]
                 parts.append(_text(x + cell * (i + 0.5), bottom + 12, letter, 9, "middle"))
     return parts
 

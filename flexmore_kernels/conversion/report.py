@@ -28,7 +28,7 @@ from .progress import in_words
 
 REPORT_FILE, PICTURE_FILE = "report.json", "report.svg"
 _WIDTH = 118
-_DTYPE_SUFFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+_SUFFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ class Report:
 
     source: str
     directory: str
+    fingerprint: str
     settings: dict[str, Any]
     before: Size
     after: Size
@@ -83,7 +84,18 @@ class Report:
 
     def relative_error(self, **where: Any) -> float:
         """sqrt(sum error^2 / sum norm^2) over the matrices that match, as `layer=3, expert=1`."""
-        return relative_error(self.select(**where))
+        return relative((m.error, m.norm) for m in self.select(**where))
+
+    def relative_output_error(self, **where: Any) -> float | None:
+        """The same of the outputs' root mean squares, over the matrices whose inputs are known;
+        None where none are.
+        """
+        pairs = [
+            (m.output_error, m.output_norm)
+            for m in self.select(**where)
+            if m.output_error is not None and m.output_norm is not None
+        ]
+        return relative(pairs) if pairs else None
 
     def select(self, **where: Any) -> list[Matrix]:
         """The matrices whose fields are these."""
@@ -108,7 +120,7 @@ class Report:
 
     def as_text(self) -> str:
         """The table on the screen."""
-        settings = ", ".join(f"{k} {v}" for k, v in self.settings.items() if v is not None)
+        settings = ", ".join(f"{k} {v}" for k, v in self.settings.items() if v not in (None, False))
         lines = [
             f"{self.directory}: {settings}",
             f"before: {self.before}; after: {self.after}; {in_words(self.seconds)}",
@@ -155,25 +167,16 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-def relative_error(matrices: Iterable[Matrix]) -> float:
-    """sqrt(sum error^2 / sum norm^2); 0 where there is no difference at all."""
-    matrices = list(matrices)
-    norm = math.hypot(*(m.norm for m in matrices))
-    return math.hypot(*(m.error for m in matrices)) / norm if norm else 0.0
-
-
-def relative_output_error(matrices: Iterable[Matrix]) -> float | None:
-    """The same of the outputs' root mean squares; None without statistics."""
-    matrices = list(matrices)
-    if any(m.output_norm is None or m.output_error is None for m in matrices):
-        return None
-    norm = math.hypot(*(m.output_norm or 0.0 for m in matrices))
-    return math.hypot(*(m.output_error or 0.0 for m in matrices)) / norm if norm else 0.0
+def relative(pairs: Iterable[tuple[float, float]]) -> float:
+    """sqrt(sum error^2 / sum norm^2) of (error, norm); 0 where there is no difference at all."""
+    errors, norms = zip(*pairs, strict=True)
+    norm = math.hypot(*norms)
+    return math.hypot(*errors) / norm if norm else 0.0
 
 
 def scaled(number: float) -> str:
     """33.27 G, 814 M, 96 k: four digits at most."""
-    for size, suffix in _DTYPE_SUFFIXES:
+    for size, suffix in _SUFFIXES:
         if number >= size:
             return f"{number / size:.4g} {suffix}"
     return f"{number:.4g} "
@@ -194,7 +197,7 @@ def _heading(report: Report) -> str:
 
 
 def _expert_table(report: Report) -> list[str]:
-    weighted = all(m.output_error is not None for m in report.matrices)
+    weighted = report.relative_output_error() is not None
     head = ("expert", "gate", "up", "down", "parameters", "bytes", "error")
     rows = [(*head, "of outputs") if weighted else head]
     for expert in report.experts:
@@ -202,11 +205,12 @@ def _expert_table(report: Report) -> list[str]:
         row = [str(expert)]
         row += [rank_span([m.rank for m in own if m.projection == p]) for p in PROJECTIONS]
         row += [scaled(sum(m.parameters for m in own)), f"{scaled(sum(m.bytes for m in own))}B"]
-        row.append(f"{relative_error(own):.4f}")
+        row.append(f"{report.relative_error(expert=expert):.4f}")
         if weighted:
-            row.append(f"{relative_output_error(own):.4f}")
+            outputs = report.relative_output_error(expert=expert)
+            row.append("" if outputs is None else f"{outputs:.4f}")
         rows.append(tuple(row))
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _layer_table(report: Report) -> list[str]:
@@ -218,20 +222,21 @@ def _layer_table(report: Report) -> list[str]:
             own = report.select(layer=layer, expert=expert)
             ranks = [str(m.rank) for m in own]
             same = ranks[0] if len(set(ranks)) == 1 else "/".join(ranks)
-            row.append(f"{same}  {relative_error(own):.3f}")
+            row.append(f"{same}  {report.relative_error(layer=layer, expert=expert):.3f}")
         cells.append(tuple(row))
-    lines = _aligned(cells)
+    lines = aligned(cells)
     if max(map(len, lines)) <= _WIDTH:
         return lines
     spans = [("layer", "gate", "up", "down", "error")]
     for layer in report.layers:
         own = report.select(layer=layer)
         ranks = [rank_span([m.rank for m in own if m.projection == p]) for p in PROJECTIONS]
-        spans.append((str(layer), *ranks, f"{relative_error(own):.3f}"))
-    return _aligned(spans)
+        spans.append((str(layer), *ranks, f"{report.relative_error(layer=layer):.3f}"))
+    return aligned(spans)
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines, each column as wide as its widest."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
