@@ -59,13 +59,13 @@ def read_tensors(
 ) -> dict[str, Tensor]:
     """The tensors whose canonical names start with `prefix`, which is cut off.
 
-    names: of these only those. dtype None keeps what is stored. Of a fused tensor only the rows
-    that a name stands for are read. Raises ValueError naming a tensor that holds NaN or Inf.
+    names: of these only those, where the checkpoint has them. dtype None keeps what is stored. Of a
+    fused tensor only the rows that a name stands for are read. Raises ValueError naming a tensor that holds NaN or Inf.
     """
     by_file: dict[str, list[str]] = {}
-    for name, file in layout.files.items():
-        if name.startswith(prefix) and (names is None or name in names):
-            by_file.setdefault(file, []).append(name)
+    for name in layout.files if names is None else names:
+        if name.startswith(prefix) and name in layout.files:
+            by_file.setdefault(layout.files[name], []).append(name)
     tensors = {}
     for file, found in by_file.items():
         with safe_open(layout.directory / file, framework="pt") as opened:

@@ -220,7 +220,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     part = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
     temporary = path.with_name(f"{path.name}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the user's umask makes of a file; save_file hides it
         save_file(part, temporary, metadata={"format": "pt"})
+        temporary.chmod(mode)
         _settle(temporary)
         os.replace(temporary, path)
     except SafetensorError as error:

@@ -29,6 +29,7 @@ PLAN = (
         "counters",
         "environment_text",
         "explain_text",
+        "progress",
         "ragged",
         "shapes",
         "slow_paths",
@@ -44,7 +45,8 @@ PLAN = (
     ("flops", "layer"),
     ("model",),
     ("checkpoint",),
-    ("conversion", "demo", "environment", "explain"),
+    ("checkpoint_shared", "conversion"),
+    ("checkpoint_edit", "checkpoint_report", "demo", "environment", "explain"),
     ("commands",),
     ("cli",),
 )

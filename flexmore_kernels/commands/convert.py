@@ -1,15 +1,14 @@
-"""Full-size experts to low-rank ones, by the singular values of their differences to the public one.
+"""Full-size experts to low-rank ones, by singular values of their differences to the public one.
 
-Interrupted, the same command goes on where it was. DST appears when it is complete, with report.json
-and report.svg in it.
+Interrupted, the same command goes on where it was. DST appears when it is complete, report.json and
+report.svg in it.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 
-from . import DTYPES
+from . import DTYPES, progress
 
 NAME, HELP = "convert", "full-size experts to low-rank ones"
 RULES = (
@@ -59,9 +58,7 @@ def work_arguments(arguments: argparse.Namespace) -> dict:
         "dtype": getattr(torch, arguments.dtype) if arguments.dtype else None,
         "activations": arguments.activations,
         "compat": arguments.compat,
-        "say": lambda text: print(
-            f"flexmore {arguments.command}: {text}", file=sys.stderr, flush=True
-        ),
+        "say": progress(arguments.command),
     }
 
 

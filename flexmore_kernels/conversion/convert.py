@@ -20,6 +20,7 @@ import torch
 
 from ..checkpoint_layout import Layout, mlp_prefix
 from ..checkpoint_writer import CheckpointWriter
+from ..progress import Progress
 from .matrices import (
     Key,
     SourceLayer,
@@ -31,10 +32,9 @@ from .matrices import (
     units_of,
 )
 from .one_matrix import OneMatrix
-from .progress import Progress, Say
 from .recover import AnyRule, read_rule
 from .report import Report
-from .spectra import Spectrum, all_spectra, forget
+from .spectra import Say, Spectrum, all_spectra, forget
 from .targets import Target
 from .work import Work, prepare
 
@@ -117,16 +117,16 @@ def run(work: Work, targets: Sequence[Target], directory: Path, say: Say | None)
             for target in first:
                 target.settle(spectra)
         layers = range(len(layout.layer_ranks))
-        progress = Progress(sum(len(keys_of(layout, layer)) for layer in layers), "matrices", say)
+        left = {unit for target in targets for unit in target.writer.remaining}
+        matrices = [key for n in layers if unit_of(n) in left for key in keys_of(layout, n)]
+        progress = Progress(len(matrices), say)
         for layer in (None, *layers):
             waiting = [target for target in targets if unit_of(layer) in target.writer.remaining]
-            if not waiting:
-                progress.skip(0 if layer is None else len(keys_of(layout, layer)))
-            elif layer is None:
+            if waiting and layer is None:
                 start, tensors = time.monotonic(), read_others(layout, None)
                 for target in waiting:
                     target.write(None, tensors, [], time.monotonic() - start)
-            else:
+            elif waiting:
                 _convert_layer(work, waiting, layer, spectra, progress)
     if say is not None and targets:
         say("checking and finishing")
@@ -166,6 +166,6 @@ def _convert_layer(
             kept, fields = one.store(rank, targets[i])
             tensors[i] |= {f"{mlp_prefix(layer)}{name}": tensor for name, tensor in kept.items()}
             matrices[i].append(fields)
-        progress.step(str(key))
+        progress.done(1, str(key))
     for target, named, fields in zip(targets, tensors, matrices, strict=True):
         target.write(layer, named, fields, time.monotonic() - start)

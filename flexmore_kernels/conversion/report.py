@@ -24,7 +24,6 @@ from typing import Any
 
 from ..checkpoint_layout import PROJECTIONS
 from .picture import draw
-from .progress import in_words
 
 REPORT_FILE, PICTURE_FILE = "report.json", "report.svg"
 _WIDTH = 118
@@ -123,7 +122,7 @@ class Report:
         settings = ", ".join(f"{k} {v}" for k, v in self.settings.items() if v not in (None, False))
         lines = [
             f"{self.directory}: {settings}",
-            f"before: {self.before}; after: {self.after}; {in_words(self.seconds)}",
+            f"before: {self.before}; after: {self.after}; {self.seconds:.3g} s",
             f"relative error of all differences to the public expert: {self.relative_error():.4g}",
             "",
             *_expert_table(self),

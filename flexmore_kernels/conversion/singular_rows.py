@@ -145,6 +145,7 @@ def _small_rotation(products: Tensor) -> Tensor:
     norms are alike, and a cosine c changes singular values by the factor 1 +- c at most. The Cayley
     transform of a skew matrix is orthogonal to rounding, whatever its size.
     """
+    products = (products + products.T) / 2  # to the last bit: else skew is not skew
     squares = products.diagonal()
     gap = squares[None, :] - squares[:, None]
     small = products.abs() < _SMALL_ANGLE * gap.abs()

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from ..checkpoint_layout import Layout
 from ..checkpoint_writer import write_tensors
+from ..progress import Progress
 from .matrices import Key, SourceLayer, keys_of, stored_rank
-from .progress import Progress, Say
 from .rank_rules import similarity
 from .svd import numerical_rank, singular_values
 
+Say = Callable[[str], None]
 Moments = Callable[[Key], Tensor | None]
 """The second moment of a matrix's inputs on its device, None where nothing is weighted."""
 
@@ -69,15 +70,15 @@ def all_spectra(
     """Of every matrix that has a delta; `folder` takes what is done, and gives what was."""
     folder.mkdir(parents=True, exist_ok=True)
     keys = [_with_delta(layout, layer) for layer in range(len(layout.layer_ranks))]
-    progress = Progress(sum(map(len, keys)), "matrices", say)
+    paths = [folder / f"layer-{layer:05}.safetensors" for layer in range(len(keys))]
+    left = sum(len(own) for own, path in zip(keys, paths, strict=True) if not path.exists())
+    progress = Progress(left, say)
     spectra: dict[Key, Spectrum] = {}
-    for layer, own in enumerate(keys):
-        path = folder / f"layer-{layer:05}.safetensors"
+    for layer, (own, path) in enumerate(zip(keys, paths, strict=True)):
+        if not own:
+            continue
         if path.exists():
             spectra |= _read(path, own)
-            progress.skip(len(own))
-            continue
-        if not own:
             continue
         source, found = SourceLayer(layout, layer, device), {}
         for key in own:
@@ -87,7 +88,7 @@ def all_spectra(
                 more = similarity(source.base(key), delta)
                 spectrum = Spectrum(spectrum.s, spectrum.numerical_rank, more)
             found[key] = spectrum
-            progress.step(f"singular values, {key}")
+            progress.done(1, f"singular values of {key}")
         _write(path, found)
         spectra |= found
     return spectra

@@ -19,9 +19,9 @@ import torch
 from ..checkpoint_layout import Layout
 from .convert import fingerprint_of, open_target, run
 from .picture import draw_curve
-from .progress import Say
 from .recover import AnyRule, read_rule
 from .report import REPORT_FILE, Report, aligned, rank_span, read_report, scaled, write_text
+from .spectra import Say
 from .work import prepare
 
 SWEEP_FILE, CURVE_FILE = "sweep.json", "sweep.svg"
@@ -65,9 +65,7 @@ def sweep_checkpoints(
         made = iter(run(work, targets, directory / "sweep", say))
     reports = [done[name] if name in done else next(made) for name in names]
     write_text(directory / SWEEP_FILE, json.dumps(summary(reports), indent=1) + "\n")
-    points = [
-        (r.settings["rank"], float(r.after.bytes), r.relative_error()) for r in reports
-    ]
+    points = [(r.settings["rank"], float(r.after.bytes), r.relative_error()) for r in reports]
     title = f"{work.layout.directory.name}: {scaled(reports[0].before.bytes)}B before"
     write_text(directory / CURVE_FILE, draw_curve(title, points))
     return reports

@@ -91,5 +91,3 @@ def _file_state(path: str | os.PathLike | None) -> tuple | None:
         return None
     state = os.stat(path)
     return os.path.realpath(path), state.st_size, state.st_mtime_ns
-
-
