@@ -70,10 +70,20 @@ def convert_checkpoint(
     Raises ValueError for a source, a rule or a directory that cannot be, naming it; OSError when
     there is no space left. What is written by then is taken up by the next call.
     """
+    parsed = read_rule(rule)
     work = prepare(source, method, device, dtype, activations)
+    check_rule(work, parsed)
     with ExitStack() as stack:
-        target = open_target(stack, work, directory, read_rule(rule), compat)
+        target = open_target(stack, work, directory, parsed, compat)
         return run(work, [target], Path(directory), say)[0]
+
+
+def check_rule(work: Work, rule: AnyRule) -> None:
+    """ValueError for a rule that cannot be met, as far as that shows without singular values: so
+    before there is anything on the disk.
+    """
+    if not rule.needs_spectra:
+        rule.ranks(dict.fromkeys(all_keys(work.layout)), sizes_of(work.layout))
 
 
 def open_target(
@@ -83,9 +93,6 @@ def open_target(
 
     Raises ValueError when the directory exists, or holds other work.
     """
-    if not rule.needs_spectra:
-        # First for its errors alone, before there is anything on the disk.
-        rule.ranks(dict.fromkeys(all_keys(work.layout)), sizes_of(work.layout))
     settings = {"rank": rule.text, **work.settings, "compat": compat}
     name = fingerprint_of(work, rule, compat)
     units = units_of(work.layout)

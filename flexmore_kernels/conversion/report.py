@@ -121,7 +121,8 @@ class Report:
         """The table on the screen."""
         settings = ", ".join(f"{k} {v}" for k, v in self.settings.items() if v not in (None, False))
         lines = [
-            f"{self.directory}: {settings}",
+            self.directory,
+            settings,
             f"before: {self.before}; after: {self.after}; {self.seconds:.3g} s",
             f"relative error of all differences to the public expert: {self.relative_error():.4g}",
             "",

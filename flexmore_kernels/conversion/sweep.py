@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..checkpoint_layout import Layout
-from .convert import fingerprint_of, open_target, run
+from .convert import check_rule, fingerprint_of, open_target, run
 from .picture import draw_curve
 from .recover import AnyRule, read_rule
 from .report import REPORT_FILE, Report, aligned, rank_span, read_report, scaled, write_text
@@ -52,6 +52,8 @@ def sweep_checkpoints(
         raise ValueError(f"rules: got {list(rules)!r}; accepted: one or more, each once")
     directory = Path(directory)
     work = prepare(source, method, device, dtype, activations)
+    for rule in parsed:
+        check_rule(work, rule)
     done: dict[str, Report] = {}
     with ExitStack() as stack:
         targets = []
