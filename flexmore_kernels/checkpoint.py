@@ -60,7 +60,8 @@ def read_tensors(
     """The tensors whose canonical names start with `prefix`, which is cut off.
 
     names: of these only those, where the checkpoint has them. dtype None keeps what is stored. Of a
-    fused tensor only the rows that a name stands for are read. Raises ValueError naming a tensor that holds NaN or Inf.
+    fused tensor only the rows that a name stands for are read. Raises ValueError naming a tensor
+    that holds NaN or Inf.
     """
     by_file: dict[str, list[str]] = {}
     for name in layout.files if names is None else names:
@@ -71,13 +72,13 @@ def read_tensors(
         with safe_open(layout.directory / file, framework="pt") as opened:
             for name in found:
                 stored, _, index = layout.parts[name]
-                whole = index == ()
-                tensor = (
-                    opened.get_tensor(stored.name)
-                    if whole
-                    else opened.get_slice(stored.name)[index].contiguous()
-                )
-                tensor = tensor.to(device=device, dtype=dtype or tensor.dtype)
+                if index == ():
+                    tensor = opened.get_tensor(stored.name)
+                else:
+                    tensor = opened.get_slice(stored.name)[index]
+                tensor = tensor.to(device=device, dtype=dtype or tensor.dtype).contiguous()
+                if tensor.untyped_storage().nbytes() > tensor.nbytes:
+                    tensor = tensor.clone()  # a piece must not hold on to the whole
                 check_finite(f"{name} in {file}", tensor)
                 tensors[name[len(prefix) :]] = tensor
     return tensors

@@ -28,7 +28,7 @@ def shared_names(layout: Layout, names: Iterable[str] | None = None) -> list[str
 
 
 def check_alike(layouts: Sequence[Layout], mixed: bool) -> None:
-    """Check, by configs and headers, that checkpoints can be merged; ValueError names what differs."""
+    """Check by configs and headers that checkpoints can be merged; ValueError names what is not."""
     first = layouts[0]
     if not mixed:
         kinds = {x.kind.removesuffix("_fused"): x.directory for x in layouts}
@@ -97,7 +97,7 @@ def check_equal(layouts: Sequence[Layout], say: Callable[[str], None] | None = N
                 most = float((mine.double() - theirs.double()).abs().max())
                 row = " (row 0)" if name in routers else ""
                 different.append(f"{name}{row} in {other.directory.name} by up to {most:.2g}")
-        progress.done(first.parts[name].nbytes, f"compared: {name}")
+        progress.done(first.parts[name].nbytes, f"comparison of {name}")
     if different:
         more = len(different) - _SHOWN
         listed = "; ".join(different[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")

@@ -129,7 +129,10 @@ class CheckpointWriter:
                 write_index(self.folder, self._files.values())
         except OSError as error:
             self._explain(error, "for config.json")
-        layout = read_layout(self.folder)
+        try:
+            layout = read_layout(self.folder)
+        except ValueError as error:
+            raise ValueError(f"{error}; remove {self.folder} to begin anew") from error
         os.replace(self.folder, self.directory)
         for name in (JOURNAL, LOCK):
             (self.directory / name).unlink()
@@ -216,8 +219,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise OSError(errno.ENOSPC, f"{needed:,} bytes to write, {free:,} free", str(path))
-    # Copies: safetensors refuses tensors that share memory, such as views of stacked factors.
-    part = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+    part, seen = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        # safetensors refuses tensors that share memory, such as views of stacked factors.
+        if storage.nbytes() > tensor.nbytes or storage.data_ptr() in seen:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        part[name] = tensor
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         temporary.touch()

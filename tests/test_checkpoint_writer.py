@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from flexmore_kernels import checkpoint, checkpoint_writer
 from flexmore_kernels.checkpoint_layout import read_layout
@@ -207,7 +208,10 @@ def test_what_is_wrong_does_not_appear(source, tmp_path):
 
 def test_shared_memory_and_other_layouts_are_written(source, tmp_path):
     whole = torch.arange(12.0).reshape(3, 4)
-    views = {"a": whole[:2], "b": whole.T}
+    views = {"a": whole[:2], "b": whole.T, "c": whole, "d": whole}
     checkpoint_writer.write_tensors(tmp_path / "x.safetensors", views)
     found = checkpoint_writer.read_header(tmp_path / "x.safetensors")
-    assert {name: stored.shape for name, stored in found.items()} == {"a": (2, 4), "b": (4, 3)}
+    shapes = {"a": (2, 4), "b": (4, 3), "c": (3, 4), "d": (3, 4)}
+    assert {name: stored.shape for name, stored in found.items()} == shapes
+    for name, tensor in load_file(tmp_path / "x.safetensors").items():
+        assert_same(tensor, views[name].contiguous(), name)

@@ -139,6 +139,18 @@ def test_randomized_error_is_what_is_dropped_and_the_bound_holds(shape, decay, d
     assert off.abs().max() <= TOLERANCE
 
 
+@pytest.mark.parametrize("rank", [3, 12])
+def test_randomized_of_fewer_pieces_than_asked_for(rank):
+    """Columns drawn lie in a space of four: no Cholesky factorisation of their products exists."""
+    delta = (orthonormal(100, 4) * torch.tensor([4.0, 3.0, 2.0, 1.0])) @ orthonormal(150, 4).T
+    found = svd.decompose(delta, rank=rank, method="randomized")
+    a, b = svd.factor_pair(found, rank, torch.float64)
+    assert abs(float((delta - b @ a).norm()) - svd.error(found, rank)) <= TOLERANCE
+    assert abs(svd.error(found, rank) - (1.0 if rank == 3 else 0.0)) <= TOLERANCE
+    off = found.u.T @ found.u - torch.eye(rank, dtype=torch.float64)
+    assert off.abs().max() <= TOLERANCE
+
+
 def test_the_bound_is_of_some_use():
     """Sixteen large singular values and equal small ones: the least is known to 5 %."""
     spectrum = torch.where(torch.arange(300) < 16, 1.0, 0.01).double()
@@ -199,8 +211,11 @@ def test_weighted_by_inputs(form, shape, method, device):
         assert ((s - everything.s.cpu()).abs() <= 2.0**-20 * s + TOLERANCE * s[0]).all()
 
 
-def test_weighted_by_fewer_inputs_than_directions():
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_weighted_by_fewer_inputs_than_directions(dtype):
+    """In float32 the rounded moment has eigenvalues below zero."""
     full, x = moment(50, 12)
+    full = full.to(dtype)
     delta = torch.randn(30, 50, dtype=torch.float64)
     a, b = svd.factor_pair(svd.decompose(delta, second_moment=full), 12, torch.float64)
     # Twelve inputs: rank 12 gives every one of them its output, but for what damping costs.
