@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from flexmore_kernels import checkpoint
 from flexmore_kernels.checkpoint_layout import read_layout
+from flexmore_kernels.conversion import matrices
 from flexmore_kernels.conversion.activations import gather
 from flexmore_kernels.conversion.convert import convert_checkpoint
 from flexmore_kernels.conversion.matrices import all_keys
@@ -93,8 +94,8 @@ def test_full_rank_is_the_model_of_transformers(tmp_path):
 
 
 @pytest.mark.parametrize("rank", [1, 5, 15])
-def test_lower_rank_loses_the_dropped_singular_values(source, tmp_path, rank):
-    report = convert_checkpoint(source, tmp_path / "out", rank)
+def test_lower_rank_loses_the_dropped_singular_values(source, tmp_path, rank, device):
+    report = convert_checkpoint(source, tmp_path / "out", rank, device=device)
     before, after = (checkpoint.read_tensors(read_layout(d)) for d in (source, tmp_path / "out"))
     for key in all_keys(read_layout(source)):
         s = torch.linalg.svdvals(delta(before, key))
@@ -217,10 +218,12 @@ def test_fused_source_gives_the_same_bits(tmp_path):
         assert_same(second[name], tensor, name)
 
 
-def test_padded_form_holds_the_same(source, tmp_path):
+def test_padded_form_holds_the_same(source, tmp_path, device):
     """One rank an expert, zeros beyond its own; full-size in part is full-size in all."""
-    convert_checkpoint(source, tmp_path / "ragged", "fixed:4,6,2,2")
-    report = convert_checkpoint(source, tmp_path / "padded", "fixed:4,6,2,2", compat=True)
+    convert_checkpoint(source, tmp_path / "ragged", "fixed:4,6,2,2", device=device)
+    report = convert_checkpoint(
+        source, tmp_path / "padded", "fixed:4,6,2,2", compat=True, device=device
+    )
     config = json.loads((tmp_path / "padded" / "config.json").read_text())
     assert config["expert_ranks"] == [0, 4, 6, 2, 2] and "layer_expert_ranks" not in config
     tensors, ragged = load_all(tmp_path / "padded"), load_all(tmp_path / "ragged")
@@ -228,24 +231,26 @@ def test_padded_form_holds_the_same(source, tmp_path):
     assert report.after.parameters == sum(t.numel() for t in tensors.values())
     for name, tensor in checkpoint.read_tensors(read_layout(tmp_path / "padded")).items():
         assert_same(tensor, ragged[name], name)
-    report = convert_checkpoint(source, tmp_path / "energy", "energy:0.8", compat=True)
+    report = convert_checkpoint(
+        source, tmp_path / "energy", "energy:0.8", compat=True, device=device
+    )
     config = json.loads((tmp_path / "energy" / "config.json").read_text())
     for expert, rank in enumerate(config["expert_ranks"][1:], 1):
         own = [m.rank for m in report.select(expert=expert)]
         assert rank == (0 if "full" in own else max(own))
 
 
-def test_activations_lower_the_error_of_the_outputs(source, tmp_path):
+def test_activations_lower_the_error_of_the_outputs(source, tmp_path, device):
     ids = torch.randint(0, SIZES["vocab_size"], (4, 16))
     gather(checkpoint.load_model(source), [(ids, None)]).save(tmp_path / "moments.safetensors")
     moments = tmp_path / "moments.safetensors"
-    aware = convert_checkpoint(source, tmp_path / "aware", 4, activations=moments)
+    aware = convert_checkpoint(source, tmp_path / "aware", 4, activations=moments, device=device)
     assert aware.relative_output_error() < aware.relative_error()
     assert "of outputs" in aware.as_text()
     # The plain factors of the same rank, measured in the same way: never better on any matrix.
     before, after = (checkpoint.read_tensors(read_layout(source)),
                      load_all(tmp_path / "aware"))  # fmt: skip
-    convert_checkpoint(source, tmp_path / "plain", 4)
+    convert_checkpoint(source, tmp_path / "plain", 4, device=device)
     plain = load_all(tmp_path / "plain")
     moment = load_file(moments)
     for key in all_keys(read_layout(source)):
@@ -259,3 +264,18 @@ def test_activations_lower_the_error_of_the_outputs(source, tmp_path):
         # 2^-13: the root of the damping 2^-26 of the moment that `decompose` adds.
         assert errors[0] <= errors[1] * (1 + 2.0**-13)
         assert matrix_of(aware, key).output_error == pytest.approx(errors[0], rel=1e-5)
+
+
+def test_no_more_than_a_layer_is_read_at_once(source, tmp_path, monkeypatch):
+    read, sizes = matrices.read_tensors, []
+
+    def count(*arguments, **more):
+        found = read(*arguments, **more)
+        sizes.append(sum(tensor.nbytes for tensor in found.values()))
+        return found
+
+    monkeypatch.setattr(matrices, "read_tensors", count)
+    convert_checkpoint(source, tmp_path / "out", "v02")
+    layout = read_layout(source)
+    layer = sum(p.nbytes for n, p in layout.parts.items() if n.startswith("model.layers.0."))
+    assert max(sizes) <= layer

@@ -113,7 +113,7 @@ def fingerprint_of(work: Work, rule: AnyRule, compat: bool) -> str:
 def run(work: Work, targets: Sequence[Target], directory: Path, say: Say | None) -> list[Report]:
     """Write all targets; `directory` names the folder of the spectra, where any needs them all."""
     layout = work.layout
-    first = [target for target in targets if target.needs_spectra_first]
+    first = [t for t in targets if t.needs_spectra_first and t.writer.remaining]
     features = any(target.rule.needs_features for target in first)
     name = work.fingerprint(work="spectra", features=features)
     folder = directory.parent / f".{directory.name}.spectra-{name}"

@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 # Dark to light at even steps of lightness, so that it reads in grey too; full size is no number.
 _RAMP = ("#2c115f", "#721f81", "#b73779", "#f1605d", "#feb078", "#fcfdbf")
-_FULL, _NONE, _INK, _FAINT = "#9ecae1", "#ffffff", "#222222", "#999999"
+_FULL, _NONE, _INK = "#9ecae1", "#ffffff", "#222222"
+_SUFFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
-def draw(title: str, matrices: Sequence[Matrix]) -> str:
+def draw(title: str, line: str, matrices: Sequence[Matrix]) -> str:
     """Two maps, a row a layer and a column a matrix of each expert: rank, and relative error."""
     layers = sorted({m.layer for m in matrices})
     columns = sorted({(m.expert, PROJECTIONS.index(m.projection)) for m in matrices})
@@ -40,55 +41,57 @@ def draw(title: str, matrices: Sequence[Matrix]) -> str:
     def by_error(m: Matrix) -> str:
         return _colour(1 - min(m.error / m.norm, 1.0)) if m.norm else _colour(1.0)
 
-    left, top = 60, 70
-    second = left + max(width, 190) + 70
-    parts = [_text(16, 26, title, 15)]
+    left, top = 60, 98
+    second = left + max(width, 250) + 70
+    parts = [_text(16, 26, title, 15), _text(16, 46, line, 12)]
     panels: list[tuple[int, str, Callable[[Matrix], str]]] = [
-        (left, "rank", by_rank),
-        (second, "relative error of the difference", by_error),
+        (left, "rank, by layer and expert", by_rank),
+        (second, "relative error, by layer and expert", by_error),
     ]
     for x, name, colour in panels:
         parts.append(_text(x, top - 22, name, 12))
         parts += _map(x, top, cell, tall, layers, columns, matrices, colour)
     base = top + height + 40
     parts += _scale(left, base, str(low), str(high))
-    parts.append(f'<rect x="{left}" y="{base + 34}" width="12" height="12" fill="{_FULL}"/>')
-    parts.append(_text(left + 18, base + 44, "full size", 11))
+    for x, colour, name in ((left, _FULL, "full size"), (left + 90, _NONE, "no difference")):
+        parts.append(
+            f'<rect x="{x}" y="{base + 34}" width="12" height="12" fill="{colour}" '
+            f'stroke="{_INK}" stroke-width="0.6"/>'
+        )
+        parts.append(_text(x + 18, base + 44, name, 11))
     parts += _scale(second, base, "0", "1")
-    return _svg(second + max(width, 190) + 24, base + 60, parts)
+    return _svg(second + max(width, 250) + 24, base + 60, parts)
 
 
-def draw_curve(title: str, points: Sequence[tuple[str, float, float]]) -> str:
+def draw_choices(title: str, points: Sequence[tuple[str, float, float]]) -> str:
     """Relative error over the bytes of the checkpoint; points are (name, bytes, error)."""
     width, height, left, top = 520, 320, 70, 60
-    sizes, errors = [p[1] for p in points], [p[2] for p in points]
-    low, high = min(sizes) * 0.95, max(sizes) * 1.05
-    ceiling = max(errors) * 1.1 or 1.0
-
-    def place(size: float, error: float) -> tuple[float, float]:
-        return left + width * _share(size, low, high), top + height * (1 - error / ceiling)
-
+    low, high = 0.95 * min(p[1] for p in points), 1.05 * max(p[1] for p in points)
+    ceiling = 1.1 * max(p[2] for p in points) or 1.0
     parts = [_text(16, 26, title, 15), _text(left, top - 12, "relative error", 12)]
     for step in range(5):
-        value = ceiling * step / 4
-        _, y = place(low, value)
+        y, x = top + height * (1 - step / 4), left + width * step / 4
         parts.append(
             f'<line x1="{left}" y1="{y:.1f}" x2="{left + width}" y2="{y:.1f}" stroke="#dddddd"/>'
         )
-        parts.append(_text(left - 8, y + 4, f"{value:.2g}", 11, "end"))
-        size = low + (high - low) * step / 4
-        x, _ = place(size, 0)
-        parts.append(_text(x, top + height + 20, f"{size / 1e9:.4g}", 11, "middle"))
-    parts.append(_text(left + width, top + height + 40, "GB of the checkpoint", 12, "end"))
-    ordered = sorted(points, key=lambda p: p[1])
-    line = " ".join("{:.1f},{:.1f}".format(*place(s, e)) for _, s, e in ordered)
-    parts.append(f'<polyline points="{line}" fill="none" stroke="{_FAINT}"/>')
-    for name, size, error in ordered:
-        x, y = place(size, error)
+        parts.append(_text(left - 8, y + 4, f"{ceiling * step / 4:.2g}", 11, "end"))
+        size = f"{scaled(low + (high - low) * step / 4, 3)}B"
+        parts.append(_text(x, top + height + 20, size, 11, "middle"))
+    parts.append(_text(left + width, top + height + 42, "size of the checkpoint", 12, "end"))
+    for name, size, error in points:
+        x, y = left + width * _share(size, low, high), top + height * (1 - error / ceiling)
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{_RAMP[1]}"/>')
         anchor, shift = ("end", -7) if x > left + width * 0.8 else ("start", 7)
         parts.append(_text(x + shift, y - 7, name, 11, anchor))
     return _svg(left + width + 40, top + height + 60, parts)
+
+
+def scaled(number: float, digits: int = 4) -> str:
+    """33.27 G, 814 M, 96 k."""
+    for size, suffix in _SUFFIXES:
+        if number >= size:
+            return f"{number / size:.{digits}g} {suffix}"
+    return f"{number:.{digits}g} "
 
 
 def _map(x, y, cell, tall, layers, columns, matrices, colour) -> list[str]:

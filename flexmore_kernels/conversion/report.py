@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint_layout import PROJECTIONS
-from .picture import draw
+from .picture import draw, scaled
 
 REPORT_FILE, PICTURE_FILE = "report.json", "report.svg"
 _WIDTH = 118
-_SUFFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ class Report:
         """report.json and report.svg: name and text."""
         return {
             REPORT_FILE: json.dumps(self.as_dict(), indent=1) + "\n",
-            PICTURE_FILE: draw(_heading(self), self.matrices),
+            PICTURE_FILE: draw(*_heading(self), self.matrices),
         }
 
 
@@ -174,14 +173,6 @@ def relative(pairs: Iterable[tuple[float, float]]) -> float:
     return math.hypot(*errors) / norm if norm else 0.0
 
 
-def scaled(number: float) -> str:
-    """33.27 G, 814 M, 96 k: four digits at most."""
-    for size, suffix in _SUFFIXES:
-        if number >= size:
-            return f"{number / size:.4g} {suffix}"
-    return f"{number:.4g} "
-
-
 def rank_span(ranks: Sequence[int | str]) -> str:
     """16, 16-64, full, 16-64+full: what ranks a group of matrices has."""
     numbers = sorted({r for r in ranks if not isinstance(r, str)})
@@ -191,9 +182,9 @@ def rank_span(ranks: Sequence[int | str]) -> str:
     return "+".join([*words, *(["full"] if "full" in ranks else [])])
 
 
-def _heading(report: Report) -> str:
+def _heading(report: Report) -> tuple[str, str]:
     name = Path(report.directory).name
-    return f"{name}: {report.settings['rank']}, {report.after} ({report.before} before)"
+    return f"{name}: {report.settings['rank']}", f"{report.after} (before: {report.before})"
 
 
 def _expert_table(report: Report) -> list[str]:

@@ -18,9 +18,9 @@ import torch
 
 from ..checkpoint_layout import Layout
 from .convert import check_rule, fingerprint_of, open_target, run
-from .picture import draw_curve
+from .picture import draw_choices, scaled
 from .recover import AnyRule, read_rule
-from .report import REPORT_FILE, Report, aligned, rank_span, read_report, scaled, write_text
+from .report import REPORT_FILE, Report, aligned, rank_span, read_report, write_text
 from .spectra import Say
 from .work import prepare
 
@@ -69,7 +69,7 @@ def sweep_checkpoints(
     write_text(directory / SWEEP_FILE, json.dumps(summary(reports), indent=1) + "\n")
     points = [(r.settings["rank"], float(r.after.bytes), r.relative_error()) for r in reports]
     title = f"{work.layout.directory.name}: {scaled(reports[0].before.bytes)}B before"
-    write_text(directory / CURVE_FILE, draw_curve(title, points))
+    write_text(directory / CURVE_FILE, draw_choices(title, points))
     return reports
 
 
