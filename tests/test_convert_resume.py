@@ -186,6 +186,15 @@ def test_rule_that_cannot_be_met(source, tmp_path, rule, said):
     assert [p.name for p in tmp_path.iterdir() if "spectra" not in p.name] == ["source"]
 
 
+def test_number_too_large_for_the_dtype_is_named(source, tmp_path):
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.experts.2.down_proj.weight"][3, 4] = 1e6
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts\.2\.down_proj.*float16"):
+        convert_checkpoint(source, tmp_path / "out", "fixed:2,full", dtype=torch.float16)
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
 def test_bad_arguments(source, tmp_path):
     with pytest.raises(ValueError, match="method"):
         convert_checkpoint(source, tmp_path / "out", 4, method="quick")

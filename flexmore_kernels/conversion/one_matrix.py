@@ -86,7 +86,8 @@ class OneMatrix:
             method=self.work.method,
             second_moment=self.moment,
         )
-        if exact and self.spectrum is None:
+        # Weighted, a numerical rank that no rule asks for would cost another spectrum.
+        if exact and self.spectrum is None and (rank is None or self.moment is None):
             s = self.found.s
             self.spectrum = spectrum_of(self.source, self.key, self.delta, self.work.moments, s)
 

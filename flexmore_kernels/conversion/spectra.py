@@ -50,9 +50,10 @@ def spectrum_of(
     have = stored_rank(source.layout, key)
     rank = have
     if have == "full":
+        dtype, base = source.dtype(key), source.base(key)
         rank = None
-        if moment is not None or _has_gap(found):
-            rank = numerical_rank(delta, source.dtype(key), source.base(key))
+        if moment is not None or _may_be_truncated(found, base + delta, dtype):
+            rank = numerical_rank(delta, dtype, base)
     found = found.cpu().clone()
     if rank is not None:
         found[rank:] = 0.0
@@ -103,11 +104,19 @@ def _with_delta(layout: Layout, layer: int) -> list[Key]:
     return [key for key in keys_of(layout, layer) if stored_rank(layout, key) != 0]
 
 
-def _has_gap(s: Tensor) -> bool:
-    """Whether there is any gap of a factor 2, without which no numerical rank is found: most
-    experts have none, and looking for the rank takes as long as the singular values did.
+def _may_be_truncated(s: Tensor, stored: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `numerical_rank` could find a rank: there is a gap of a factor 2 that ends where
+    rounding of the stored matrix may be. Most experts have none, and looking for the rank takes as
+    long as the singular values did.
+
+    Rounding is at most eps |w| / 2 an entry, and as a matrix, with independent signs, not above the
+    sum of the largest row's norm and the largest column's, times eps / sqrt(12).
     """
-    return bool((s[:-1] >= 2.0 * s[1:]).any()) or bool(s[0] == 0)
+    kind = torch.finfo(dtype)
+    sizes = stored.abs().clamp_min(kind.tiny)
+    noise = kind.eps * (sizes.norm(dim=0).max() + sizes.norm(dim=1).max())  # thrice that
+    gaps = (s[:-1] >= 2.0 * s[1:]) & (s[1:] <= noise)
+    return bool(gaps.any() | (s[0] <= noise))
 
 
 def _write(path: Path, spectra: dict[Key, Spectrum]) -> None:

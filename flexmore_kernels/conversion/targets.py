@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint import check_finite
 from ..checkpoint_config import shortest
 from ..checkpoint_forms import config_for, pad_experts
 from ..checkpoint_headers import FLOAT_BYTES
@@ -90,6 +91,8 @@ class Target:
             tensors = pad_experts(tensors, self._padded())
         if self.dtype is not None:
             tensors = {name: tensor.to(self.dtype) for name, tensor in tensors.items()}
+            for name, tensor in tensors.items():  # a smaller range may turn numbers into Inf
+                check_finite(name, tensor)
         facts: dict[str, Any] = {
             "parameters": sum(t.numel() for t in tensors.values()),
             "bytes": sum(t.nbytes for t in tensors.values()),
