@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from flexmore_kernels import checkpoint, checkpoint_writer
 from flexmore_kernels.checkpoint_layout import read_layout
 from flexmore_kernels.commands import convert
-from flexmore_kernels.conversion import one_matrix
+from flexmore_kernels.conversion import one_matrix, spectra
 from flexmore_kernels.conversion.convert import convert_checkpoint
 from flexmore_kernels.conversion.report import REPORT_FILE, read_report
 from flexmore_kernels.testing import assert_same
@@ -102,8 +102,6 @@ def test_killed_conversion_goes_on(source, tmp_path, counted):
 
 
 def test_spectra_are_taken_up(source, tmp_path, monkeypatch):
-    from flexmore_kernels.conversion import spectra
-
     found, singular_values = [], spectra.singular_values
 
     def stop(*arguments):
@@ -123,6 +121,16 @@ def test_spectra_are_taken_up(source, tmp_path, monkeypatch):
     assert len(found) == 2 * MATRICES
     convert_checkpoint(source, tmp_path / "whole", "v06")
     assert_equal_checkpoints(tmp_path / "whole", tmp_path / "out")
+
+
+def test_spectra_serve_another_rule(source, tmp_path, monkeypatch):
+    lines = []
+    with pytest.raises(ValueError, match="the least is"):
+        convert_checkpoint(source, tmp_path / "out", "params:1", say=lines.append)
+    assert "singular values stay" in lines[-1]
+    monkeypatch.setattr(spectra, "singular_values", None)
+    convert_checkpoint(source, tmp_path / "out", "params:9000")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
 
 
 def test_full_disk_is_said_and_taken_up(source, tmp_path, monkeypatch, counted):
@@ -164,7 +172,7 @@ def test_nan_is_refused_by_name(source, tmp_path, name, value, rule):
     save_file(tensors, source / "model.safetensors")
     with pytest.raises(ValueError, match=name.replace(".", r"\.")):
         convert_checkpoint(source, tmp_path / "out", rule)
-    assert [p.name for p in tmp_path.iterdir() if "spectra" not in p.name] == ["source"]
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ in float64 with its decomposition. One decomposition serves every target, since 
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -118,23 +117,13 @@ def run(work: Work, targets: Sequence[Target], directory: Path, say: Say | None)
     name = work.fingerprint(work="spectra", features=features)
     folder = directory.parent / f".{directory.name}.spectra-{name}"
     spectra: Mapping[Key, Spectrum] = {}
-    with _nothing_of_bad_input(targets):
+    with _removed_if_bad(*(target.writer.folder for target in targets)):
         if first:
-            spectra = all_spectra(layout, folder, work.moments, work.device, say, features)
-            for target in first:
-                target.settle(spectra)
-        layers = range(len(layout.layer_ranks))
-        left = {unit for target in targets for unit in target.writer.remaining}
-        matrices = [key for n in layers if unit_of(n) in left for key in keys_of(layout, n)]
-        progress = Progress(len(matrices), say)
-        for layer in (None, *layers):
-            waiting = [target for target in targets if unit_of(layer) in target.writer.remaining]
-            if waiting and layer is None:
-                start, tensors = time.monotonic(), read_others(layout, None)
-                for target in waiting:
-                    target.write(None, tensors, [], time.monotonic() - start)
-            elif waiting:
-                _convert_layer(work, waiting, layer, spectra, progress)
+            with _removed_if_bad(folder):
+                spectra = all_spectra(layout, folder, work.moments, work.device, say, features)
+            _settle(first, spectra, folder, say)
+        with _removed_if_bad(folder):
+            _write_all(work, targets, spectra, say)
     if say is not None and targets:
         say("checking and finishing")
     reports = [target.finish() for target in targets]
@@ -143,15 +132,44 @@ def run(work: Work, targets: Sequence[Target], directory: Path, say: Say | None)
 
 
 @contextmanager
-def _nothing_of_bad_input(targets: Sequence[Target]) -> Iterator[None]:
-    """What was begun for a source or a rule that cannot be, nobody will take up: remove it."""
+def _removed_if_bad(*folders: Path) -> Iterator[None]:
+    """What was begun for a source or a rule that cannot be, nobody will take up."""
     try:
         yield
     except ValueError:
-        for target in targets:
-            target.writer.close()
-            shutil.rmtree(target.writer.folder, ignore_errors=True)
+        for folder in folders:
+            forget(folder)
         raise
+
+
+def _settle(
+    targets: Sequence[Target], spectra: Mapping[Key, Spectrum], folder: Path, say: Say | None
+) -> None:
+    try:
+        for target in targets:
+            target.settle(spectra)
+    except ValueError:
+        if say is not None:
+            say(f"singular values stay in {folder}, for another rule and the same directory")
+        raise
+
+
+def _write_all(
+    work: Work, targets: Sequence[Target], spectra: Mapping[Key, Spectrum], say: Say | None
+) -> None:
+    left = {unit for target in targets for unit in target.writer.remaining}
+    layers = [n for n in range(len(work.layout.layer_ranks)) if unit_of(n) in left]
+    progress = Progress(sum(len(keys_of(work.layout, layer)) for layer in layers), say)
+    if unit_of(None) in left:
+        start, tensors = time.monotonic(), read_others(work.layout, None)
+        for target in _waiting(targets, None):
+            target.write(None, tensors, [], time.monotonic() - start)
+    for layer in layers:
+        _convert_layer(work, _waiting(targets, layer), layer, spectra, progress)
+
+
+def _waiting(targets: Sequence[Target], layer: int | None) -> list[Target]:
+    return [target for target in targets if unit_of(layer) in target.writer.remaining]
 
 
 def _convert_layer(

@@ -5,6 +5,7 @@ A file a layer in a hidden folder, so that a kill costs one layer; removed when 
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -115,8 +116,8 @@ def _may_be_truncated(s: Tensor, stored: Tensor, dtype: torch.dtype) -> bool:
     kind = torch.finfo(dtype)
     sizes = stored.abs().clamp_min(kind.tiny)
     noise = kind.eps * (sizes.norm(dim=0).max() + sizes.norm(dim=1).max())  # thrice that
-    gaps = (s[:-1] >= 2.0 * s[1:]) & (s[1:] <= noise)
-    return bool(gaps.any() | (s[0] <= noise))
+    above = torch.cat([s.new_tensor([math.inf]), s[:-1]])  # rank 0 has its gap before the first
+    return bool(((above >= 2.0 * s) & (s <= noise)).any())
 
 
 def _write(path: Path, spectra: dict[Key, Spectrum]) -> None:
