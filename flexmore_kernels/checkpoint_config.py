@@ -163,7 +163,7 @@ def disagreements(config: Mapping[str, Any], layer_ranks: Sequence[Sequence]) ->
         said = "is absent" if ranks is None else f"has {len(ranks)} entries"
         return (f"expert_ranks {said} for {config['num_experts']} experts; taken from the tensors",)
     notes = []
-    by_layer = "layer_expert_ranks" in config
+    by_layer = config.get("layer_expert_ranks") is not None
     limit = min(config["hidden_size"], config["intermediate_size"])
     largest = largest_ranks(layer_ranks)
     for expert in range(config["num_experts"]):

@@ -210,6 +210,19 @@ def test_model_types_are_mixed_on_request(tmp_path):
     same_tensors(whole, tmp_path / "out")
 
 
+def test_flex_olmos_of_both_layouts_merge_to_one(tmp_path):
+    whole = make(tmp_path / "whole", (0, 0, 0))
+    parts = checkpoint_edit.split(whole, tmp_path / "parts")
+    olmos = [tmp_path / "olmo1", tmp_path / "olmo2"]
+    for part, olmo, fused in zip(parts, olmos, (False, True), strict=True):
+        checkpoint_edit.densify(part, olmo, fused=fused)
+    assert checkpoint_edit.merge(olmos, tmp_path / "out").kind == "flex_olmo"
+    same_tensors(whole, tmp_path / "out")
+    less = checkpoint_edit.drop(tmp_path / "out", [2], tmp_path / "less")
+    assert (less.kind, less.config["num_experts"]) == ("flex_olmo", 2)
+    same_tensors(parts[0], tmp_path / "less")
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_drop_is_what_a_mask_excludes(tmp_path, bias):
     whole = make(tmp_path / "whole", bias=bias, top_k=4)

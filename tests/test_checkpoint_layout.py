@@ -231,7 +231,7 @@ def test_expert_ranks_from_before_a_merge(tmp_path):
     """The authors' merge changes num_experts alone: [0, r] of the first stays, or nothing."""
     tensors = authors_tensors()
     for number, ranks in enumerate(([0, 5], None)):
-        config = {**CONFIG, "expert_ranks": ranks}
+        config = {**CONFIG, "expert_ranks": ranks, "layer_expert_ranks": None}
         layout = read_layout(write(tmp_path / f"made{number}", tensors, config))
         assert layout.layer_ranks[0] == (0, 5, (8, 3, 1))
         assert layout.notes[0].endswith("for 3 experts; taken from the tensors")
