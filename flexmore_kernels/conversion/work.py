@@ -1,0 +1,93 @@
+"""What all targets of one conversion share: the source, how it is decomposed, and where."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backend
+from ..checkpoint_layout import Layout, read_layout
+from ..checkpoint_writer import fingerprint
+from ..checks import FLOATS, check_one_of
+from .activations import Activations
+from .matrices import Key, sizes_of
+from .spectra import Moments
+from .svd import METHODS
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all targets of one run share."""
+
+    layout: Layout
+    method: str
+    device: torch.device
+    dtype: torch.dtype | None
+    activations: str | os.PathLike | None
+    moments: Moments
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """For the report."""
+        return {
+            "method": self.method,
+            "device": str(self.device),
+            "dtype": "as stored" if self.dtype is None else str(self.dtype).removeprefix("torch."),
+            "activations": None if self.activations is None else str(self.activations),
+        }
+
+    def fingerprint(self, **more: Any) -> str:
+        """Names results of this source and these activations; where they are computed, and all
+        else that is not in `more`, does not count.
+        """
+        return fingerprint([self.layout], weights=_file_state(self.activations), **more)
+
+
+def prepare(
+    source: str | os.PathLike | Layout,
+    method: str,
+    device: str | None,
+    dtype: torch.dtype | None,
+    activations: str | os.PathLike | None,
+) -> Work:
+    """Check what all targets share."""
+    check_one_of("method", method, METHODS)
+    if dtype is not None:
+        check_one_of("dtype", dtype, FLOATS)
+    layout = source if isinstance(source, Layout) else read_layout(source)
+    if layout.config["num_experts"] < 2:
+        raise ValueError(f"source: {layout.directory} has one expert; accepted: two or more")
+    where = torch.device(backend.device_or_default(device))
+    moments: Moments = lambda key: None
+    if activations is not None:
+        moments = _moments(layout, Activations.load(activations), where)
+    return Work(layout, method, where, dtype, activations, moments)
+
+
+def _moments(layout: Layout, activations: Activations, device: torch.device) -> Moments:
+    """What is gathered of a matrix's inputs, on the device; the last one stays there."""
+    experts = layout.config["num_experts"]
+    activations.check_model(sizes_of(layout), len(layout.layer_ranks), experts)
+    last: list[Tensor] = []
+
+    def moment(key: Key) -> Tensor | None:
+        found = activations.second_moment(*key)
+        if found is None:
+            return None
+        if not last or last[0] is not found:
+            last[:] = found, found.to(device)
+        return last[1]
+
+    return moment
+
+
+def _file_state(path: str | os.PathLike | None) -> tuple | None:
+    """What tells a file from another one."""
+    if path is None:
+        return None
+    state = os.stat(path)
+    return os.path.realpath(path), state.st_size, state.st_mtime_ns

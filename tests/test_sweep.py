@@ -1,0 +1,135 @@
+"""Sweep: each choice is what a conversion by its rule alone would be, from one decomposition."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from flexmore_kernels import checkpoint
+from flexmore_kernels.commands import sweep as command
+from flexmore_kernels.conversion import one_matrix, sweep
+from flexmore_kernels.conversion.convert import convert_checkpoint
+from flexmore_kernels.conversion.report import read_report
+from flexmore_kernels.conversion.targets import Target
+
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_layers": 2, "top_k": 2, "vocab_size": 11}
+RULES = ("2", "fixed:1,full", "energy:0.8", "v02:0.01", "params:8000")
+NAMES = ["rank-2", "fixed-1-full", "energy-0.8", "v02-0.01", "params-8000"]
+MATRICES = 12
+
+
+@pytest.fixture
+def source(tmp_path):
+    checkpoint.make_demo_checkpoint(tmp_path / "source", expert_ranks=(0, 0, 0), **SIZES)
+    return tmp_path / "source"
+
+
+@pytest.fixture
+def decomposed(monkeypatch):
+    """How many decompositions there were; None in it stops at that one."""
+    seen, decompose, stop = [], one_matrix.decompose, []
+
+    def count(*arguments, **more):
+        if stop and len(seen) == stop[0]:
+            raise KeyboardInterrupt
+        seen.append(1)
+        return decompose(*arguments, **more)
+
+    monkeypatch.setattr(one_matrix, "decompose", count)
+    return seen, stop
+
+
+def weights(directory):
+    return {p.name: p.read_bytes() for p in directory.iterdir() if not p.name.startswith("report")}
+
+
+@pytest.mark.parametrize("compat", [False, True])
+def test_each_choice_is_a_conversion(source, tmp_path, decomposed, compat):
+    rules = [rule for rule in RULES if not (compat and rule.startswith("params"))]
+    reports = sweep.sweep_checkpoints(source, tmp_path / "out", rules, compat=compat)
+    assert len(decomposed[0]) == MATRICES
+    for rule, name, report in zip(rules, NAMES, reports, strict=False):
+        alone = convert_checkpoint(source, tmp_path / name, rule, compat=compat)
+        assert weights(tmp_path / name) == weights(tmp_path / "out" / name)
+        assert report.matrices == alone.matrices
+        assert read_report(tmp_path / "out" / name).matrices == alone.matrices
+    found = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert found == sorted([*NAMES[: len(rules)], "sweep.json", "sweep.svg"])
+
+
+def test_randomized_sweep_is_nested(source, tmp_path):
+    """One range finder, for the largest rank, serves all; each is no worse than its bound."""
+    reports = sweep.sweep_checkpoints(source, tmp_path / "out", [1, 3, 6], method="randomized")
+    exact = sweep.sweep_checkpoints(source, tmp_path / "exact", [1, 3, 6])
+    for report, best in zip(reports, exact, strict=True):
+        for found, least in zip(report.matrices, best.matrices, strict=True):
+            assert found.error <= least.error + found.bound + 1e-6 * least.norm
+    errors = [report.relative_error() for report in reports]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_interrupted_sweep_goes_on(source, tmp_path, decomposed, monkeypatch):
+    seen, stop = decomposed
+    stop.append(MATRICES // 2 + 1)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.sweep_checkpoints(source, tmp_path / "out", RULES)
+    seen[:], stop[:] = [], []
+    # Once more it stops, where the second checkpoint is about to appear.
+    finish, done = Target.finish, []
+
+    def second(self):
+        if done:
+            raise KeyboardInterrupt
+        done.append(1)
+        return finish(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Target, "finish", second)
+        with pytest.raises(KeyboardInterrupt):
+            sweep.sweep_checkpoints(source, tmp_path / "out", RULES)
+    assert len(seen) == MATRICES // 2  # of the second layer alone
+    reports = sweep.sweep_checkpoints(source, tmp_path / "out", RULES)
+    assert len(seen) == MATRICES // 2
+    whole = sweep.sweep_checkpoints(source, tmp_path / "whole", RULES)
+    for name, report, one in zip(NAMES, reports, whole, strict=True):
+        assert weights(tmp_path / "out" / name) == weights(tmp_path / "whole" / name)
+        assert report.matrices == one.matrices
+    names = [[p.name for p in (tmp_path / d).iterdir()] for d in ("out", "whole")]
+    assert sorted(names[0]) == sorted(names[1])
+
+
+def test_command(source, tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    command.add(parser)
+    parser.set_defaults(command=command.NAME)
+    words = [str(source), str(tmp_path / "out"), "--ranks", "1", "4"]
+    assert command.run(parser.parse_args([*words, "--rules", "energy:0.5"])) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 4 and table[0].split()[:2] == ["rule", "ranks"]
+    # More of them, beside those that are there.
+    assert command.run(parser.parse_args([*words, "7", "--json"])) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [entry["rank"] for entry in found] == ["1", "4", "7"]
+    assert found == json.loads((tmp_path / "out" / "sweep.json").read_text())
+    curve = ElementTree.parse(tmp_path / "out" / "sweep.svg").getroot()
+    assert sum(part.tag.endswith("circle") for part in curve) == 3
+    with pytest.raises(ValueError, match="neither"):
+        command.run(parser.parse_args([str(source), str(tmp_path / "none")]))
+
+
+def test_bad_rules(source, tmp_path):
+    for rules in ([], [4, "4"], ["v02", "v02 "]):
+        with pytest.raises(ValueError, match="rules"):
+            sweep.sweep_checkpoints(source, tmp_path / "out", rules)
+    with pytest.raises(ValueError, match="the least is"):
+        sweep.sweep_checkpoints(source, tmp_path / "out", [4, "params:1"])
+    with pytest.raises(ValueError, match="at most 16"):
+        sweep.sweep_checkpoints(source, tmp_path / "out", [4, 99])
+    left = [p.name for p in (tmp_path / "out").iterdir() if "spectra" not in p.name]
+    assert left == []
+    sweep.sweep_checkpoints(source, tmp_path / "out", [4])
+    with pytest.raises(ValueError, match="exists"):
+        sweep.sweep_checkpoints(source, tmp_path / "out", [4], method="randomized")
