@@ -43,6 +43,8 @@ PLAN = (
     ("flops", "layer"),
     ("model",),
     ("checkpoint",),
+    ("conversion",),
+    ("hf",),
     ("demo", "environment", "explain"),
     ("commands",),
     ("cli",),

@@ -1,9 +1,9 @@
 """The config of model type "flexmore": FlexOlmo's fields, and what each expert is.
 
-    expert_ranks         E ints: the largest rank of each expert in any layer and projection, 0 for
-                         a full-size one; what the authors' reader knows
-    layer_expert_ranks   L lists of E entries, each as `FlexMoRE(expert_ranks=)` takes it; written
-                         only where ranks differ by layer or projection
+expert_ranks         E ints: the largest rank of each expert in any layer and projection, 0 for
+                     a full-size one; what the authors' reader knows
+layer_expert_ranks   L lists of E entries, each as `FlexMoRE(expert_ranks=)` takes it; written
+                     only where ranks differ by layer or projection
 """
 
 import copy

@@ -62,7 +62,9 @@ def _check(experts: nn.Module) -> None:
         if found != value:
             raise ValueError(f"{type(experts).__name__}.{name}: got {found}; accepted: {value}")
     if type(experts)._apply_gate is not moe._default_apply_gate:
-        raise ValueError(f"{type(experts).__name__}._apply_gate: got its own; accepted: the default")
+        raise ValueError(
+            f"{type(experts).__name__}._apply_gate: got its own; accepted: the default"
+        )
     act = type(experts.act_fn).__name__
     if act not in ("SiLU", "SiLUActivation"):
         raise ValueError(f"{type(experts).__name__}.act_fn: got {act}; accepted: SiLU")

@@ -91,6 +91,7 @@ class FlexMoRESparseMoeBlock(FlexMoRE):
             if isinstance(child, Weight):
                 # For `_init_weights`, which sees a module without its name.
                 child.side = name[-1] if name.endswith(("_a", "_b")) else "full"
+        self._children: tuple[nn.Module, ...] | None = None
 
     def forward(
         self,
@@ -99,7 +100,9 @@ class FlexMoRESparseMoeBlock(FlexMoRE):
         expert_mask: Tensor | None = None,
         return_routing: bool = False,
     ) -> Tensor | tuple[Tensor, Routing]:
-        hooked = [m for m in self.modules() if m is not self and hasattr(m, "_hf_hook")]
+        if self._children is None:
+            self._children = tuple(self.modules())[1:]  # a walk for each token is slow
+        hooked = [module for module in self._children if _is_hooked(module)]
         for module in hooked:
             module._hf_hook.pre_forward(module)
         try:
@@ -116,6 +119,13 @@ class FlexMoRESparseMoeBlock(FlexMoRE):
         p_TK = weights.to(torch.promote_types(x_TD.dtype, torch.float32))
         y_TD = ops.experts(x_TD, indices, p_TK, gate, up, down)
         return y_TD, Routing(logits, weights, indices)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether accelerate brings the module's weights in before its forward."""
+    if torch.compiler.is_compiling():
+        return hasattr(module, "_hf_hook")
+    return "_hf_hook" in module.__dict__  # a missing attribute takes a module twenty times as long
 
 
 class FlexMoREDecoderLayer(FlexOlmoDecoderLayer):
@@ -174,7 +184,9 @@ class FlexMoREPreTrainedModel(FlexOlmoPreTrainedModel):
         if isinstance(config, PreTrainedConfig) and pretrained_model_name_or_path is not None:
             directory = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
             config = config.of_directory(directory) if directory.is_dir() else config
-        return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        return super().from_pretrained(
+            pretrained_model_name_or_path, *args, config=config, **kwargs
+        )
 
 
 class FlexMoREModel(FlexMoREPreTrainedModel, FlexOlmoModel):
