@@ -43,9 +43,8 @@ PLAN = (
     ("flops", "layer"),
     ("model",),
     ("checkpoint",),
-    ("conversion",),
+    ("conversion", "demo", "environment", "explain"),
     ("hf",),
-    ("demo", "environment", "explain"),
     ("commands",),
     ("cli",),
 )
