@@ -1,0 +1,204 @@
+"""Model type "flexmore" of transformers: the same numbers as the plain reference, saved and loaded.
+
+Traps covered: ranks that differ by layer and projection; a config that says less than the tensors;
+an expert of which no tensor is stored; the auxiliary loss, which reads what the router recorded,
+with a bias and by sigmoids; padding on the left; a mask per request, kept for the cache's life.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import reference
+from flexmore_kernels import FlexMoREConfig, ops, testing
+from tests.hf_models import RAGGED, RANKS, SIZES, make, make_stock, some_ids
+
+transformers = pytest.importorskip("transformers", minversion="5.17")
+hf = pytest.importorskip("flexmore_kernels.hf")
+
+
+def plain(model, dtype=torch.float64):
+    """The reference with the model's weights."""
+    layers = range(model.config.num_hidden_layers)
+    values = model.config.to_dict()
+    values |= {"expert_ranks": [list(model.config.layer_ranks(layer)) for layer in layers]}
+    config = FlexMoREConfig.from_dict(values)
+    twin = reference.FlexMoREForCausalLM(config, dtype=dtype)
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def reload(model, directory, **options):
+    model.save_pretrained(directory, **options)
+    found, report = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, output_loading_info=True
+    )
+    assert type(found) is hf.FlexMoREForCausalLM
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    wanted, state = model.state_dict(), found.state_dict()
+    assert wanted.keys() == state.keys()
+    for name, tensor in wanted.items():
+        testing.assert_same(state[name], tensor, name)
+    return found
+
+
+@pytest.mark.parametrize("ranks", [RANKS, RAGGED], ids=["plain", "ragged"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_logits_and_gradients_are_the_references(ranks, attention):
+    model = make(ranks, expert_bias=True, scoring="sigmoid", norm_topk_prob=True)
+    model.set_attn_implementation(attention)
+    ids, twins = some_ids(), [plain(model), plain(model, torch.float32)]
+    results = [model(ids).logits, *(twin(ids) for twin in twins)]
+    testing.assert_accurate(results[0], results[1].detach(), results[2].detach(), "logits")
+    dy = torch.randn_like(results[0])
+    for y in results:
+        y.backward(dy.to(y.dtype))
+    truth, same = ({n: p.grad for n, p in twin.named_parameters()} for twin in twins)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None or truth[name] is None, name
+        if parameter.grad is not None and truth[name] is not None:
+            # Backward through two decoders of one form: rounding is that of the same sums in
+            # another order, so a gradient that is nearly zero has another error.
+            error = (parameter.grad - truth[name]).norm()
+            allowed = 2 * (same[name] - truth[name]).norm()
+            assert error <= allowed + 2.0**-20 * truth[name].norm(), name
+
+
+def test_auxiliary_loss_is_that_of_the_routers_distribution():
+    for scoring, bias in (("softmax", False), ("softmax", True), ("sigmoid", True)):
+        model = make(expert_bias=bias, scoring=scoring)
+        biases = []
+        for layer in model.model.layers:
+            if bias:
+                torch.nn.init.uniform_(layer.mlp.gate.expert_bias, -1, 1)
+            biases.append(layer.mlp.gate.expert_bias)
+        ids, seen = some_ids(), []
+        for layer in model.model.layers:
+            layer.mlp.gate.register_forward_hook(lambda module, given, out: seen.append(out))
+        padding = torch.ones_like(ids)
+        padding[0, :3] = 0
+        out = model(ids, labels=ids, attention_mask=padding, output_router_logits=True)
+        raw, indices = [each[3] for each in seen], [each[2] for each in seen]
+        expected = ops.load_balancing_loss(
+            raw, indices, scoring=scoring, bias=biases if bias else None,
+            padding_mask=padding.flatten().bool(),
+        )  # fmt: skip
+        torch.testing.assert_close(out.aux_loss, expected)
+        assert [tuple(each.shape) for each in out.router_logits] == [(14, 4)] * 2
+        without = model(ids, labels=ids, attention_mask=padding).loss
+        torch.testing.assert_close(out.loss, without + 0.01 * expected)
+
+
+def test_saved_as_the_formats_say_and_loaded(tmp_path):
+    for name, ranks in (("plain", RANKS), ("ragged", RAGGED)):
+        model = make(ranks)
+        found = reload(model, tmp_path / name, max_shard_size="20KB")
+        written = json.loads((tmp_path / name / "config.json").read_text())
+        assert written["model_type"] == "flexmore"
+        assert written["architectures"] == ["FlexMoREForCausalLM"]
+        # The largest rank in any layer and projection; 0, full-size in all.
+        assert written["expert_ranks"] == {"plain": RANKS, "ragged": [0, 3, 2, 32]}[name]
+        assert written.get("layer_expert_ranks") == {"plain": None, "ragged": RAGGED}[name]
+        assert found.config.layer_expert_ranks == model.config.layer_expert_ranks
+        reload(found, tmp_path / f"{name} again")
+
+
+def test_ranks_come_from_the_tensors(tmp_path):
+    """The authors' directories: one rank an expert, which may be that of the largest layer, or
+    above min(D, F); and their tensors, written here by hand."""
+    model = make(RAGGED[:1] + [[0, 4, 1, [0, 0, 0]]])
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config = SIZES | {"model_type": "flexmore", "num_experts": 4, "rope_theta": 500000.0}
+    config["architectures"] = ["FlexMoREForCausalLM"]
+    for declared in ([0, 4, 2, [0, 0, 0]], [0, 16384, 7, [0, 0, 0]]):
+        save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        written = json.dumps(config | {"expert_ranks": declared})
+        (tmp_path / "config.json").write_text(written)
+        for loader in (transformers.AutoModelForCausalLM, hf.FlexMoREForCausalLM):
+            found = loader.from_pretrained(tmp_path)
+            for name, tensor in found.state_dict().items():
+                testing.assert_same(tensor, state[name], name)
+            ids = some_ids()
+            torch.testing.assert_close(found(ids).logits, model(ids).logits)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"expert_ranks": [0, 4, 2, 5]}))
+    with pytest.raises(ValueError, match=r"model.layers.0.mlp.experts.3: missing"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_flexolmo_checkpoint_loads_with_all_experts_full_size(tmp_path):
+    stock = make_stock()
+    stock.save_pretrained(tmp_path)
+    found = hf.FlexMoREForCausalLM.from_pretrained(tmp_path)
+    assert found.config.expert_ranks == [0] * 4
+    ids, twin = some_ids(), plain(found)
+    logits = found(ids).logits, twin(ids).detach(), stock(ids).logits.detach()
+    testing.assert_accurate(*logits)
+    fused = load_file(tmp_path / "model.safetensors")
+    fused["model.layers.0.mlp.experts.gate_up_proj"] = torch.zeros(4, 96, 32)
+    save_file(fused, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="gate_up_proj: got fused experts; accepted: a key"):
+        hf.FlexMoREForCausalLM.from_pretrained(tmp_path)
+
+
+def test_missing_tensors_are_initialised(tmp_path):
+    model = make(initializer_range=0.5)
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    prefix = "model.layers.1.mlp.experts."
+    gone = [name for name in state if name.startswith(prefix) and "up_proj.w" in name]
+    save_file({k: t for k, t in state.items() if k not in gone}, tmp_path / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    config = model.config
+    loaded = transformers.FlexOlmoPreTrainedModel.from_pretrained.__func__(
+        hf.FlexMoREForCausalLM, tmp_path, config=config
+    )
+    fresh = loaded.state_dict()[gone[0]]
+    assert fresh.isfinite().all() and 0.4 < fresh.std() < 0.6  # 1536 draws: 5 deviations are 0.05
+    own = hf.FlexMoREForCausalLM(config).state_dict()
+    assert not own[f"{prefix}1.up_proj_b.weight"].any() and own[f"{prefix}1.up_proj_a.weight"].any()
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model, ids = make().train(), some_ids()
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        out = model(ids, labels=ids, output_router_logits=True)
+        out.loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() != set()
+    for name, grad in grads[0].items():
+        testing.assert_same(grads[1][name], grad, name)
+
+
+def test_compiles_to_one_graph():
+    torch._dynamo.reset()
+    model, ids = make(RAGGED), some_ids()
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(ids).logits
+        testing.assert_accurate(compiled, plain(model)(ids), model(ids).logits)
+
+
+REFUSED = [
+    ({"expert_ranks": [1, 2, 3, 4]}, r"expert_ranks\[0\]: got 1; accepted: 0"),
+    ({"expert_ranks": [0, -1, 3, 4]}, r"expert_ranks\[1\]: got -1"),
+    ({"expert_ranks": [0, [33, 1, 1], 3]}, r"expert_ranks\[1\]\[0\]: got 33"),
+    ({"expert_ranks": [[0, 1]]}, "expert_ranks: got 1 lists; accepted: num_hidden_layers, 2"),
+    ({"expert_ranks": [[0, 1], [0, 1, 2]]}, "expert_ranks: got 3 entries"),
+    ({"num_experts": 3}, "expert_ranks: got 4 entries; accepted: num_experts, 3"),
+    ({"num_experts_per_tok": 5}, "num_experts_per_tok: got 5"),
+    ({"scoring": "relu"}, "scoring: got 'relu'"),
+    ({"hidden_act": "gelu"}, "hidden_act: got 'gelu'"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED, ids=[m for _, m in REFUSED])
+def test_config_refuses(change, message):
+    with pytest.raises((ValueError, TypeError), match=f"^{message}"):
+        hf.FlexMoREConfig(**SIZES | {"expert_ranks": RANKS} | change)
