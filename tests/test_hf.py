@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import reference
-from flexmore_kernels import FlexMoREConfig, ops, testing
+from flexmore_kernels import FlexMoRE, FlexMoREConfig, ops, testing
 from tests.hf_models import RAGGED, RANKS, SIZES, make, make_stock, some_ids
 
 transformers = pytest.importorskip("transformers", minversion="5.17")
@@ -48,24 +48,37 @@ def reload(model, directory, **options):
 
 @pytest.mark.parametrize("ranks", [RANKS, RAGGED], ids=["plain", "ragged"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_logits_and_gradients_are_the_references(ranks, attention):
+def test_logits_are_the_references(ranks, attention):
     model = make(ranks, expert_bias=True, scoring="sigmoid", norm_topk_prob=True)
     model.set_attn_implementation(attention)
-    ids, twins = some_ids(), [plain(model), plain(model, torch.float32)]
-    results = [model(ids).logits, *(twin(ids) for twin in twins)]
-    testing.assert_accurate(results[0], results[1].detach(), results[2].detach(), "logits")
-    dy = torch.randn_like(results[0])
-    for y in results:
-        y.backward(dy.to(y.dtype))
-    truth, same = ({n: p.grad for n, p in twin.named_parameters()} for twin in twins)
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None or truth[name] is None, name
-        if parameter.grad is not None and truth[name] is not None:
-            # Backward through two decoders of one form: rounding is that of the same sums in
-            # another order, so a gradient that is nearly zero has another error.
-            error = (parameter.grad - truth[name]).norm()
-            allowed = 2 * (same[name] - truth[name]).norm()
-            assert error <= allowed + 2.0**-20 * truth[name].norm(), name
+    ids = some_ids()
+    truth, same = plain(model)(ids).detach(), plain(model, torch.float32)(ids).detach()
+    testing.assert_accurate(model(ids).logits, truth, same)
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "topk_softmax", "sigmoid", "unit"])
+def test_a_block_is_the_layer(scoring):
+    """Its own router, and the same bits, forward and backward."""
+    options = {"scoring": scoring, "expert_bias": True, "norm_topk_prob": scoring == "sigmoid"}
+    block = make(RAGGED, **options).model.layers[0].mlp
+    torch.nn.init.uniform_(block.gate.expert_bias, -1, 1)
+    layer = FlexMoRE(32, 48, RAGGED[0], 2, **options)
+    layer.load_state_dict(block.state_dict())
+    mask = torch.rand(2, 7, 4) > 0.4
+    mask[..., 0] = True
+    x, dy, results = torch.randn(2, 7, 32), torch.randn(2, 7, 32), []
+    for module in (block, layer):
+        given = x.clone().requires_grad_()
+        y, routing = module(given, expert_mask=mask, return_routing=True)
+        leaves = dict(module.named_parameters())
+        grads = torch.autograd.grad(y, [given, *leaves.values()], dy, allow_unused=True)
+        results.append(
+            {"y": y, **routing._asdict(), **dict(zip(["x", *leaves], grads, strict=True))}
+        )
+    assert results[0].keys() == results[1].keys()
+    for name, found in results[0].items():
+        if found is not None or results[1][name] is not None:
+            testing.assert_same(found, results[1][name], name)
 
 
 def test_auxiliary_loss_is_that_of_the_routers_distribution():
@@ -78,7 +91,7 @@ def test_auxiliary_loss_is_that_of_the_routers_distribution():
             biases.append(layer.mlp.gate.expert_bias)
         ids, seen = some_ids(), []
         for layer in model.model.layers:
-            layer.mlp.gate.register_forward_hook(lambda module, given, out: seen.append(out))
+            layer.mlp.gate.register_forward_hook(lambda _, x, out, seen=seen: seen.append(out))
         padding = torch.ones_like(ids)
         padding[0, :3] = 0
         out = model(ids, labels=ids, attention_mask=padding, output_router_logits=True)
@@ -110,22 +123,26 @@ def test_saved_as_the_formats_say_and_loaded(tmp_path):
 def test_ranks_come_from_the_tensors(tmp_path):
     """The authors' directories: one rank an expert, which may be that of the largest layer, or
     above min(D, F); and their tensors, written here by hand."""
-    model = make(RAGGED[:1] + [[0, 4, 1, [0, 0, 0]]])
+    model = make([[0, 3, 2, [0, 0, 0]], [0, [4, 1, 2], 0, [0, 0, 0]]])
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     config = SIZES | {"model_type": "flexmore", "num_experts": 4, "rope_theta": 500000.0}
     config["architectures"] = ["FlexMoREForCausalLM"]
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+
+    def declare(ranks):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"expert_ranks": ranks}))
+
     for declared in ([0, 4, 2, [0, 0, 0]], [0, 16384, 7, [0, 0, 0]]):
-        save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        written = json.dumps(config | {"expert_ranks": declared})
-        (tmp_path / "config.json").write_text(written)
+        declare(declared)
         for loader in (transformers.AutoModelForCausalLM, hf.FlexMoREForCausalLM):
             found = loader.from_pretrained(tmp_path)
             for name, tensor in found.state_dict().items():
                 testing.assert_same(tensor, state[name], name)
             ids = some_ids()
             torch.testing.assert_close(found(ids).logits, model(ids).logits)
-    (tmp_path / "config.json").write_text(json.dumps(config | {"expert_ranks": [0, 4, 2, 5]}))
-    with pytest.raises(ValueError, match=r"model.layers.0.mlp.experts.3: missing"):
+    declare([0, 4, 2, 5])
+    message = r"model.layers.0.mlp.experts.3.gate_proj: missing; the config says 5"
+    with pytest.raises(ValueError, match=message):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
@@ -144,25 +161,37 @@ def test_a_flexolmo_checkpoint_loads_with_all_experts_full_size(tmp_path):
         hf.FlexMoREForCausalLM.from_pretrained(tmp_path)
 
 
-def test_missing_tensors_are_initialised(tmp_path):
-    model = make(initializer_range=0.5)
+def test_missing_tensors(tmp_path):
+    """Of an expert they are an error; a router is initialised, and transformers says so."""
+    model = make()
     model.save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
-    prefix = "model.layers.1.mlp.experts."
-    gone = [name for name in state if name.startswith(prefix) and "up_proj.w" in name]
-    save_file({k: t for k, t in state.items() if k not in gone}, tmp_path / "model.safetensors",
-              metadata={"format": "pt"})  # fmt: skip
-    config = model.config
-    loaded = transformers.FlexOlmoPreTrainedModel.from_pretrained.__func__(
-        hf.FlexMoREForCausalLM, tmp_path, config=config
-    )
-    fresh = loaded.state_dict()[gone[0]]
-    assert fresh.isfinite().all() and 0.4 < fresh.std() < 0.6  # 1536 draws: 5 deviations are 0.05
-    own = hf.FlexMoREForCausalLM(config).state_dict()
-    assert not own[f"{prefix}1.up_proj_b.weight"].any() and own[f"{prefix}1.up_proj_a.weight"].any()
+    for name in ("experts.2.up_proj.weight", "gate.weight"):
+        del state[f"model.layers.1.mlp.{name}"]
+        save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        if "experts" in name:
+            with pytest.raises(ValueError, match=r"layers.1.mlp.experts.2.up_proj: missing"):
+                transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+            state[f"model.layers.1.mlp.{name}"] = torch.zeros(48, 32)
+    found, report = hf.FlexMoREForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert report["missing_keys"] == {"model.layers.1.mlp.gate.weight"}
+    assert found.model.layers[1].mlp.gate.weight.isfinite().all()
 
 
-def test_gradient_checkpointing_changes_nothing():
+def test_initialisation():
+    model = hf.FlexMoREForCausalLM(hf.FlexMoREConfig(**SIZES, expert_ranks=RANKS,
+                                                     initializer_range=0.5))  # fmt: skip
+    for name, weight in model.named_parameters():
+        if "_b.weight" in name:
+            assert not weight.any(), name
+        elif "_a.weight" in name:
+            assert 0 < weight.abs().max() <= weight.shape[1] ** -0.5, name
+        elif weight.dim() > 1:
+            # The deviation of n draws is right to 1 / sqrt(2 n); five times that.
+            assert abs(weight.std() / 0.5 - 1) < 5 * (2 * weight.numel()) ** -0.5, name
+
+
+def test_gradients_reach_all_and_checkpointing_changes_nothing():
     model, ids = make().train(), some_ids()
     grads = []
     for checkpointing in (False, True):
@@ -172,7 +201,7 @@ def test_gradient_checkpointing_changes_nothing():
         out = model(ids, labels=ids, output_router_logits=True)
         out.loss.backward()
         grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    assert grads[0].keys() == grads[1].keys() != set()
+    assert grads[0].keys() == grads[1].keys() == dict(model.named_parameters()).keys()
     for name, grad in grads[0].items():
         testing.assert_same(grads[1][name], grad, name)
 

@@ -81,7 +81,10 @@ def test_continuous_batching_runs_a_swapped_model():
     model = hf.swap_experts(make_stock(), [0, 4, 0, 32])
     prompts = [some_ids(1, length)[0].tolist() for length in (6, 3)]
     options = transformers.GenerationConfig(eos_token_id=-1, pad_token_id=0, **GREEDY)
-    results = model.generate_batch(inputs=prompts, generation_config=options)
+    pool = transformers.ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=32)
+    results = model.generate_batch(
+        inputs=prompts, generation_config=options, continuous_batching_config=pool
+    )
     found = [results[name].generated_tokens for name in sorted(results)]
     for prompt, tokens in zip(prompts, found, strict=True):
         alone = model.generate(torch.tensor([prompt]), **GREEDY)[0, len(prompt) :]

@@ -17,6 +17,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import FlexOlmoConfig
 from transformers.utils import logging
 
+from ..checkpoint_layout import PROJECTIONS, as_triple
 from ..checks import SCORINGS, check_int, check_one_of
 from ..storage import parse_ranks
 from .stored_ranks import stored_ranks
@@ -119,7 +120,7 @@ class FlexMoREConfig(FlexOlmoConfig):
         """This config with the ranks of the tensors in a directory, if it has any.
 
         What is stored is what can be loaded, and `expert_ranks` alone cannot say that ranks differ
-        by layer. Raises ValueError for experts without tensors of which the config knows nothing.
+        by layer. Raises ValueError for a matrix that is not there, unless the config says rank 0.
         """
         found = stored_ranks(Path(directory), self.num_experts)
         if found is None:
@@ -129,8 +130,11 @@ class FlexMoREConfig(FlexOlmoConfig):
         for layer in range(self.num_hidden_layers):
             pairs = zip(self.layer_ranks(layer), config.layer_ranks(layer), strict=True)
             for e, (said, stored) in enumerate(pairs):
-                if stored == [0, 0, 0] != said:
-                    raise ValueError(f"model.layers.{layer}.mlp.experts.{e}: missing")
+                both = zip(PROJECTIONS, as_triple(said), as_triple(stored), strict=True)
+                for projection, wanted, kind in both:
+                    if kind == 0 != wanted:
+                        name = f"model.layers.{layer}.mlp.experts.{e}.{projection}_proj"
+                        raise ValueError(f"{name}: missing; the config says {wanted!r}")
         return config
 
     @classmethod
