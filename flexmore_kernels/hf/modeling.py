@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, initialization
+from transformers import initialization
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.flex_olmo.modeling_flex_olmo import (
     FlexOlmoAttention,
@@ -181,7 +181,7 @@ class FlexMoREPreTrainedModel(FlexOlmoPreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
         """As transformers'; the ranks of a local directory are those of its tensors."""
-        if isinstance(config, PreTrainedConfig) and pretrained_model_name_or_path is not None:
+        if isinstance(config, FlexMoREConfig) and pretrained_model_name_or_path is not None:
             directory = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
             config = config.of_directory(directory) if directory.is_dir() else config
         return super().from_pretrained(
