@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+import reference
+from flexmore_kernels import FlexMoREConfig
+
 SIZES = {
     "vocab_size": 50,
     "hidden_size": 32,
@@ -43,6 +46,17 @@ def filled(model):
         if parameter.dim() > 1:
             parameter.copy_(torch.randn(parameter.shape) * parameter.shape[-1] ** -0.5)
     return model.eval()
+
+
+def plain(model, dtype=torch.float64):
+    """The reference with the model's weights."""
+    layers = range(model.config.num_hidden_layers)
+    values = model.config.to_dict()
+    values |= {"expert_ranks": [list(model.config.layer_ranks(layer)) for layer in layers]}
+    config = FlexMoREConfig.from_dict(values)
+    twin = reference.FlexMoREForCausalLM(config, dtype=dtype)
+    twin.load_state_dict(model.state_dict())
+    return twin
 
 
 def some_ids(batch: int = 2, length: int = 7) -> Tensor:

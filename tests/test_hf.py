@@ -13,23 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import reference
-from flexmore_kernels import FlexMoRE, FlexMoREConfig, ops, testing
-from tests.hf_models import RAGGED, RANKS, SIZES, make, make_stock, some_ids
+from flexmore_kernels import FlexMoRE, ops, testing
+from tests.hf_models import RAGGED, RANKS, SIZES, make, make_stock, plain, some_ids
 
 transformers = pytest.importorskip("transformers", minversion="5.17")
 hf = pytest.importorskip("flexmore_kernels.hf")
-
-
-def plain(model, dtype=torch.float64):
-    """The reference with the model's weights."""
-    layers = range(model.config.num_hidden_layers)
-    values = model.config.to_dict()
-    values |= {"expert_ranks": [list(model.config.layer_ranks(layer)) for layer in layers]}
-    config = FlexMoREConfig.from_dict(values)
-    twin = reference.FlexMoREForCausalLM(config, dtype=dtype)
-    twin.load_state_dict(model.state_dict())
-    return twin
 
 
 def reload(model, directory, **options):
