@@ -7,7 +7,9 @@ with a bias and by sigmoids; padding on the left; a mask per request, kept for t
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 
 import pytest
 import torch
@@ -200,6 +202,12 @@ def test_compiles_to_one_graph():
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(ids).logits
         testing.assert_accurate(compiled, plain(model)(ids), model(ids).logits)
+
+
+def test_an_old_transformers_is_refused(monkeypatch):
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.16.2")
+    with pytest.raises(ImportError, match=r"^transformers: got 5.16.2; accepted .*: >= 5.17"):
+        importlib.reload(hf)
 
 
 REFUSED = [

@@ -106,16 +106,15 @@ class _Source:
 
     def ranks(self, layer: int, config: Any) -> list:
         """`expert_ranks` of a layer, by what is there."""
-        if self.layout is not None:
-            return list(self.layout.layer_ranks[layer])
         given = self.read(layer)
 
         def entry(e: int, projection: str) -> int | str:
             name = f"experts.{e}.{projection}_proj"
             if f"{name}_a.weight" in given:
                 return given[f"{name}_a.weight"].shape[0]
-            other = any(key.startswith(f"experts.{e}.") for key in given)
-            return 0 if other and f"{name}.weight" not in given else "full"
+            # A directory holds all there is; a mapping leaves out experts that shall stay.
+            known = self.layout is not None or any(k.startswith(f"experts.{e}.") for k in given)
+            return 0 if known and f"{name}.weight" not in given else "full"
 
         found = [[entry(e, p) for p in PROJECTIONS] for e in range(config.num_experts)]
         return [0 if own == ["full"] * 3 else own for own in found]
