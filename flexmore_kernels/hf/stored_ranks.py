@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 
 from safetensors import safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..checkpoint_layout import INDEX_FILE, PROJECTIONS, SINGLE_FILE
+from ..checkpoint_layout import PROJECTIONS
 
 _KEY = re.compile(r"layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj(_a)?\.weight$")
 
@@ -48,9 +49,9 @@ def _entry(shapes: dict, layer: int, expert: int) -> int | list:
 
 
 def _files(directory: Path) -> list[Path]:
-    if (directory / SINGLE_FILE).exists():
-        return [directory / SINGLE_FILE]
-    if not (directory / INDEX_FILE).exists():
+    if (directory / SAFE_WEIGHTS_NAME).exists():
+        return [directory / SAFE_WEIGHTS_NAME]
+    if not (directory / SAFE_WEIGHTS_INDEX_NAME).exists():
         return []
-    names = json.loads((directory / INDEX_FILE).read_text())["weight_map"].values()
+    names = json.loads((directory / SAFE_WEIGHTS_INDEX_NAME).read_text())["weight_map"].values()
     return [directory / name for name in sorted(set(names))]
