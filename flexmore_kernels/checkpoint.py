@@ -1,4 +1,6 @@
-"""Checkpoint directories in the authors' format: config.json and safetensors, read and written.
+"""Checkpoint directories: config.json and safetensors, read and written.
+
+The authors' format, whose names every function of the package uses:
 
     config.json                        FlexOlmo's fields and `expert_ranks`, E entries
     model.safetensors                  all tensors; or, when there are many,
@@ -7,10 +9,10 @@
     model.layers.{l}.mlp.experts.{e}.{P}_proj.weight            (out, in), a full-size expert
     model.layers.{l}.mlp.experts.{e}.{P}_proj_a.weight, _b      (r, in), (out, r), a low-rank one
 
-Reading checks every name and shape, and that every file is as long as it says, before it loads
-anything. What an expert is follows from the tensors, not from `expert_ranks`, which cannot say that
-ranks differ by layer or projection; where the two disagree, `Layout.notes` says so. Writing goes to
-a temporary directory that is renamed when it is complete.
+FlexOlmo's own formats are read by the same names, see checkpoint_layout.py, and what config.json
+says of ranks is in checkpoint_config.py. Reading checks every name and shape, and that every file
+is as long as it says, before it loads anything. Writing goes to a temporary directory that is
+renamed when it is complete; checkpoint_writer.py writes what does not fit in memory.
 """
 
 from __future__ import annotations
@@ -19,25 +21,27 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from .checkpoint_config import RANK_KEYS, check_config
+from .checkpoint_forms import check_kind, config_for, fuse_experts, pad_experts, padded_ranks
+from .checkpoint_headers import file_names
 from .checkpoint_layout import (
-    INDEX_FILE,
     PROJECTIONS,
-    SINGLE_FILE,
     Layout,
     as_triple,
+    layer_ranks_of,
     mlp_prefix,
     read_layout,
     tensor_shapes,
 )
+from .checkpoint_writer import refuse_existing, write_index, write_json, write_tensors
 from .layer import FlexMoRE
 from .model import FlexMoREConfig, FlexMoREForCausalLM
 
@@ -45,19 +49,50 @@ DEMO_RANKS = (0, 1, 8, 32, 128, 256, 0)
 """Of the checkpoint that the demo makes: 1 to a few hundred, and one full-size expert."""
 
 
-def read_tensors(layout: Layout, prefix: str = "", dtype: torch.dtype | None = None) -> dict:
-    """The tensors whose names start with `prefix`, which is cut off, on the CPU."""
+def read_tensors(
+    layout: Layout,
+    prefix: str = "",
+    dtype: torch.dtype | None = None,
+    *,
+    device: Any = "cpu",
+    names: Collection[str] | None = None,
+) -> dict[str, Tensor]:
+    """The tensors whose canonical names start with `prefix`, which is cut off.
+
+    names: of these only those, where the checkpoint has them. dtype None keeps what is stored. Of a
+    fused tensor only the rows that a name stands for are read. Raises ValueError naming a tensor
+    that holds NaN or Inf.
+    """
     by_file: dict[str, list[str]] = {}
-    for name, file in layout.files.items():
-        if name.startswith(prefix):
-            by_file.setdefault(file, []).append(name)
+    for name in layout.files if names is None else names:
+        if name.startswith(prefix) and name in layout.files:
+            by_file.setdefault(layout.files[name], []).append(name)
     tensors = {}
-    for file, names in by_file.items():
+    for file, found in by_file.items():
         with safe_open(layout.directory / file, framework="pt") as opened:
-            for name in names:
-                tensor = opened.get_tensor(name)
-                tensors[name[len(prefix) :]] = tensor if dtype is None else tensor.to(dtype)
+            for name in found:
+                stored, _, index = layout.parts[name]
+                if index == ():
+                    tensor = opened.get_tensor(stored.name)
+                else:
+                    tensor = opened.get_slice(stored.name)[index]
+                tensor = tensor.to(device=device, dtype=dtype or tensor.dtype).contiguous()
+                if tensor.untyped_storage().nbytes() > tensor.nbytes:
+                    tensor = tensor.clone()  # a piece must not hold on to the whole
+                check_finite(f"{name} in {file}", tensor)
+                tensors[name[len(prefix) :]] = tensor
     return tensors
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Check that a tensor holds numbers alone; ValueError names it and says what it holds."""
+    if tensor.numel() == 0 or tensor.device.type == "meta":
+        return
+    ends = torch.stack(torch.aminmax(tensor))  # one pass, no copy; NaN wins in both
+    if not bool(ends.isfinite().all()):
+        what = "NaN" if bool(ends.isnan().any()) else "Inf"
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(f"{name}: holds {what} as {kind}; accepted: finite numbers")
 
 
 def read_layer(layout: Layout, layer: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -131,10 +166,11 @@ def load_model(
     layout = checkpoint if isinstance(checkpoint, Layout) else read_layout(checkpoint)
     ranks = layout.layer_ranks
     found = ranks[0] if len(set(ranks)) == 1 else ranks
-    values = {**layout.config, "expert_ranks": found, "expert_bias": layout.expert_bias}
+    # Not as read: what the tensors say of ranks, and of a FlexOlmo's what it is from now on.
+    values = {k: v for k, v in config_for(layout.config, ranks).items() if k not in RANK_KEYS}
+    values |= {"expert_ranks": found, "expert_bias": layout.expert_bias}
     model = FlexMoREForCausalLM(FlexMoREConfig.from_dict(values), device="meta")
-    tensors = {k: t.to(device) for k, t in read_tensors(layout, dtype=dtype).items()}
-    model.load_state_dict(tensors, assign=True)
+    model.load_state_dict(read_tensors(layout, dtype=dtype, device=device), assign=True)
     return model
 
 
@@ -143,23 +179,44 @@ def save_checkpoint(
     tensors: Mapping[str, Tensor],
     config: Mapping[str, Any],
     max_file_bytes: int = 4 << 30,
+    *,
+    compat: bool = False,
+    kind: str | None = None,
 ) -> None:
     """Write a checkpoint directory, whole or not at all.
 
     Args:
         directory: must not exist yet, or be empty.
-        tensors: every tensor under its name in the format, as from `state_dict()`.
-        config: what config.json is to hold; `expert_ranks` among it.
+        tensors: every tensor under its canonical name, as from `state_dict()`.
+        config: what config.json is to hold. Of ranks it needs to say only which matrices have no
+            delta; what is written of them comes from the tensors.
         max_file_bytes: a new safetensors file starts above this size.
+        compat: write for the authors' reader, which knows one rank an expert: factors padded with
+            zeros to the largest, and an expert that is full-size in part full-size in all.
+        kind: "flexmore", "flex_olmo" or "flex_olmo_fused"; default: the config's model_type.
+
+    Raises ValueError naming what is wrong with the tensors, the config or the kind, OSError when
+    the disk is full; then there is no directory.
     """
     directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(f"directory: {directory} exists; accepted: a new or an empty directory")
+    refuse_existing(directory)
+    if kind is None:
+        kind = config.get("model_type", "flexmore")
+    config = json.loads(json.dumps(dict(config)))  # tuples as the lists that will be read
+    checked = check_config({"model_type": "flexmore", **config})
+    ranks = layer_ranks_of(checked, {name: tuple(t.shape) for name, t in tensors.items()})
+    expert_bias = any(name.endswith("gate.expert_bias") for name in tensors)
+    check_kind(kind, config, ranks, expert_bias)
+    written = config_for(config, ranks, kind=kind, compat=compat)
+    if compat and kind == "flexmore":
+        tensors = pad_experts(tensors, padded_ranks(ranks))
+    elif kind == "flex_olmo_fused":
+        tensors = fuse_experts(tensors, checked["num_experts"])
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        _write_tensors(partial, tensors, max_file_bytes)
-        (partial / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
+        _write_files(partial, tensors, max_file_bytes)
+        write_json(partial / "config.json", written)
         read_layout(partial)
         partial.chmod(0o755)
         os.replace(partial, directory)
@@ -210,7 +267,7 @@ def make_demo_checkpoint(
     save_checkpoint(directory, tensors, config)
 
 
-def _write_tensors(directory: Path, tensors: Mapping[str, Tensor], max_file_bytes: int) -> None:
+def _write_files(directory: Path, tensors: Mapping[str, Tensor], max_file_bytes: int) -> None:
     groups: list[list[str]] = [[]]
     size = 0
     for name, tensor in tensors.items():
@@ -219,15 +276,8 @@ def _write_tensors(directory: Path, tensors: Mapping[str, Tensor], max_file_byte
             size = 0
         groups[-1].append(name)
         size += tensor.nbytes
-    count = len(groups)
-    names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-    names = [SINGLE_FILE] if count == 1 else names
-    for file, group in zip(names, groups, strict=True):
-        # Copies: safetensors refuses tensors that share memory, such as views of stacked factors.
-        part = {name: tensors[name].detach().to("cpu", copy=True).contiguous() for name in group}
-        save_file(part, directory / file, metadata={"format": "pt"})
-    if count > 1:
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        weight_map = {k: file for file, group in zip(names, groups, strict=True) for k in group}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    files = file_names(len(groups))
+    for file, group in zip(files, groups, strict=True):
+        write_tensors(directory / file, {name: tensors[name] for name in group})
+    if len(files) > 1:
+        write_index(directory, files)

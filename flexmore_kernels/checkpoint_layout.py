@@ -1,39 +1,71 @@
 """What a checkpoint directory holds, found in its config.json and the headers of its files.
 
+Three kinds are read, and all of them by the same, canonical, names, those of the authors' format
+(see checkpoint.py):
+
+    "flexmore"         the authors' format: full-size experts and low-rank factors
+    "flex_olmo"        FlexOlmo, every expert full-size under the same names
+    "flex_olmo_fused"  FlexOlmo with mlp.experts.gate_up_proj (E, 2F, D), gate first, and
+                       mlp.experts.down_proj (E, D, F)
+
 Checks every name and shape, and that every file is as long as it says, before anything is loaded.
-What an expert is follows from the tensors, not from `expert_ranks`, which cannot say that ranks
-differ by layer or projection; where the two disagree, `Layout.notes` says so. The format is
-described in checkpoint.py.
+What an expert is follows from the tensors, not from config.json; where the two disagree,
+`Layout.notes` says so. Ranks are those in use: trailing rank rows that are zero on both sides, as
+the authors' ragged checkpoints have, are left out of `Layout` and of what is read through it.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from .checkpoint_config import (
+    as_triple,
+    check_config,
+    check_model_type,
+    declared_ranks,
+    disagreements,
+    in_words,
+    shortest,
+)
+from .checkpoint_headers import FLOAT_BYTES, Stored, ZeroTails, read_headers, read_json
 
 PROJECTIONS = ("gate", "up", "down")
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-_FLOAT_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+FUSED = ("experts.gate_up_proj", "experts.down_proj")
+KINDS = ("flexmore", "flex_olmo", "flex_olmo_fused")
+
+
+class Part(NamedTuple):
+    """The piece of a stored tensor that a canonical name stands for; index () is all of it."""
+
+    stored: Stored
+    shape: tuple[int, ...]
+    index: tuple = ()
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * FLOAT_BYTES[self.stored.dtype]
 
 
 @dataclass(frozen=True)
 class Layout:
     """What a checkpoint directory holds, checked; nothing is loaded yet.
 
-    config: config.json as a dict. files: tensor name -> file name. shapes: tensor name -> shape.
-    layer_ranks: for each layer `expert_ranks` as FlexMoRE takes them, from the tensors.
-    notes: where config.json and the tensors disagree, in words.
+    config: config.json as a dict, with num_experts in it (and FlexOlmo's defaults in a FlexOlmo's).
+    kind: one of KINDS. parts: canonical tensor name -> where its numbers are. files, shapes: the
+    same names -> file name, shape. layer_ranks: for each layer `expert_ranks` as FlexMoRE takes
+    them, from the tensors. notes: in words, where config.json and the tensors disagree, and what
+    was trimmed.
     """
 
     directory: Path
     config: dict[str, Any]
+    kind: str
+    parts: dict[str, Part]
     files: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
     layer_ranks: tuple[tuple, ...]
@@ -45,22 +77,31 @@ def read_layout(directory: str | os.PathLike) -> Layout:
     """Read and check a checkpoint directory's config and the headers of its files.
 
     Raises ValueError naming the file or tensor when one is missing, extra, misshapen, truncated or
-    not floating point; FileNotFoundError when the directory does not exist.
+    not floating point, or the model type when it is another; FileNotFoundError when the directory
+    does not exist.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise FileNotFoundError(f"checkpoint: no directory {directory}")
-    config = _read_json(directory / "config.json")
-    _check_config(config)
-    files, shapes = _read_headers(directory)
-    layer_ranks = tuple(
-        tuple(_expert_entry(config, shapes, layer, e) for e in range(config["num_experts"]))
-        for layer in range(config["num_hidden_layers"])
-    )
+    config = read_json(directory / "config.json")
+    model_type = check_model_type(config)
+    stored = read_headers(directory)
+    kind = _kind(model_type, stored)
+    config = check_config(config)
+    parts = _canonical(config, stored, kind)
+    shapes = {name: part.shape for name, part in parts.items()}
+    said_ranks = layer_ranks_of(config, shapes)
     expert_bias = f"{mlp_prefix(0)}gate.expert_bias" in shapes
-    _check_shapes(shapes, tensor_shapes(config, layer_ranks, expert_bias))
-    notes = _disagreements(config, layer_ranks)
-    return Layout(directory, config, files, shapes, layer_ranks, expert_bias, notes)
+    expected = tensor_shapes(config, said_ranks, expert_bias)
+    _check_shapes(shapes, expected)
+    notes = disagreements(config, said_ranks)
+    parts = {name: parts[name] for name in expected}
+    layer_ranks, more = _trim(directory, config, parts, said_ranks)
+    files = {name: part.stored.file for name, part in parts.items()}
+    shapes = {name: part.shape for name, part in parts.items()}
+    return Layout(
+        directory, config, kind, parts, files, shapes, layer_ranks, expert_bias, notes + more
+    )
 
 
 def tensor_shapes(
@@ -105,135 +146,66 @@ def mlp_prefix(layer: int) -> str:
     return f"model.layers.{layer}.mlp."
 
 
-def declared_ranks(config: Mapping[str, Any], layer: int) -> Sequence:
-    """What config.json says of a layer: its `expert_ranks`, or its entry of a list of them."""
-    ranks = config["expert_ranks"]
-    return ranks[layer] if isinstance(ranks[0], (list, tuple)) else ranks
-
-
-def as_triple(entry: Any) -> tuple:
-    """An entry of expert_ranks as (gate, up, down) of "full", 0 or a rank."""
-    if isinstance(entry, (tuple, list)):
-        return tuple(entry)
-    return ("full" if entry == 0 else entry,) * 3
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path.name}: missing in {path.parent}")
-    try:
-        found = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path.name}: not JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path.name}: got a {type(found).__name__}; accepted: an object")
-    return found
-
-
-def _check_config(config: dict[str, Any]) -> None:
-    ranks = config.get("expert_ranks")
-    if not isinstance(ranks, list) or not ranks:
-        raise ValueError(f"config.json: expert_ranks is {ranks!r}; accepted: a list of E entries")
-    config.setdefault("num_experts", len(ranks[0]) if isinstance(ranks[0], list) else len(ranks))
-    fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-              "vocab_size", "num_experts", "num_experts_per_tok")  # fmt: skip
-    optional = ("num_key_value_heads", "head_dim")
-    for field in (*fields, *(name for name in optional if config.get(name) is not None)):
-        value = config.get(field)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"config.json: {field} is {value!r}; accepted: an integer >= 1")
-    if (top_k := config["num_experts_per_tok"]) > (num_experts := config["num_experts"]):
+def _kind(model_type: str, stored: Mapping[str, Stored]) -> str:
+    """The kind of the tensors, which must be one that a config.json of this model type has."""
+    fused = [name for name in stored if name.endswith(FUSED)]
+    factors = [name for name in stored if name.endswith(("_proj_a.weight", "_proj_b.weight"))]
+    if model_type == "flexmore" and fused:
         raise ValueError(
-            f"config.json: num_experts_per_tok is {top_k}; accepted: 1 to {num_experts}"
+            f"{fused[0]}: fused experts, as of model_type 'flex_olmo'; config.json says 'flexmore'"
         )
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise ValueError(f"config.json: hidden_act is {config['hidden_act']!r}; accepted: 'silu'")
-    if isinstance(ranks[0], list) and len(ranks) != config["num_hidden_layers"]:
+    if model_type == "flex_olmo" and factors:
         raise ValueError(
-            f"config.json: expert_ranks has {len(ranks)} lists; accepted: one list, or "
-            f"num_hidden_layers, {config['num_hidden_layers']}"
+            f"{factors[0]}: a low-rank factor, as of model_type 'flexmore'; config.json says "
+            "'flex_olmo'"
         )
+    return "flex_olmo_fused" if fused else model_type
+
+
+def _canonical(config: dict, stored: Mapping[str, Stored], kind: str) -> dict[str, Part]:
+    """Canonical name -> part; a fused tensor is cut into its experts' matrices."""
+    parts = {name: Part(one, one.shape) for name, one in stored.items()}
+    if kind != "flex_olmo_fused":
+        return parts
+    D, F, E = config["hidden_size"], config["intermediate_size"], config["num_experts"]
     for layer in range(config["num_hidden_layers"]):
-        _check_declared(declared_ranks(config, layer), config["num_experts"])
+        both, down = (f"{mlp_prefix(layer)}{name}" for name in FUSED)
+        for name, shape in ((both, (E, 2 * F, D)), (down, (E, D, F))):
+            if name not in stored:
+                raise ValueError(f"{name}: missing")
+            if stored[name].shape != shape:
+                raise ValueError(f"{name}: shape {stored[name].shape}; accepted: {shape}")
+        pieces = {"gate": (both, slice(0, F)), "up": (both, slice(F, 2 * F)), "down": (down,)}
+        for expert in range(E):
+            for projection, (source, *rows) in pieces.items():
+                name = f"{mlp_prefix(layer)}experts.{expert}.{projection}_proj.weight"
+                if name in parts:
+                    raise ValueError(f"{name}: extra beside {source}")
+                shape = (D, F) if projection == "down" else (F, D)
+                parts[name] = Part(stored[source], shape, (expert, *rows))
+        del parts[both], parts[down]
+    return parts
 
 
-def _check_declared(ranks: Any, num_experts: int) -> None:
-    if not isinstance(ranks, list) or len(ranks) != num_experts:
-        raise ValueError(
-            f"config.json: expert_ranks is {ranks!r}; accepted: num_experts, {num_experts}, entries"
-        )
-    for entry in ranks:
-        kinds = as_triple(entry)
-        numbers = [kind for kind in kinds if kind != "full"]
-        if len(kinds) != 3 or any(type(n) is not int or n < 0 for n in numbers):
-            raise ValueError(
-                f"config.json: expert_ranks holds {entry!r}; accepted: an integer >= 0, or three "
-                'for gate, up, down, each an integer >= 0 or "full"'
-            )
+def layer_ranks_of(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[tuple, ...]:
+    """For each layer what the tensors say its experts are, as `FlexMoRE(expert_ranks=)` takes it.
+
+    A matrix that is in no tensor has no delta, where config.json says rank 0 of it; else ValueError
+    names the tensor that is missing.
+    """
+    experts, layers = range(config["num_experts"]), range(config["num_hidden_layers"])
+    found = []
+    for layer in layers:
+        declared = declared_ranks(config, layer)
+        said = [as_triple("?" if declared is None else declared[e]) for e in experts]
+        found.append(tuple(_expert_entry(shapes, layer, e, said[e]) for e in experts))
+    return tuple(found)
 
 
-def _read_headers(directory: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
-    """Tensor name -> file and tensor name -> shape, over all files."""
-    if (directory / SINGLE_FILE).exists() or not (directory / INDEX_FILE).exists():
-        shapes = _read_header(directory / SINGLE_FILE)
-        return dict.fromkeys(shapes, SINGLE_FILE), shapes
-    files = _read_json(directory / INDEX_FILE).get("weight_map")
-    if not isinstance(files, dict):
-        raise ValueError(f"{INDEX_FILE}: no weight_map")
-    shapes = {}
-    for file in sorted(set(map(str, files.values()))):
-        if Path(file).name != file:
-            raise ValueError(f"{INDEX_FILE}: {file!r}; accepted: names of files beside it")
-        for name, shape in _read_header(directory / file).items():
-            if files.get(name) != file:
-                raise ValueError(f"{name}: in {file}, but not there in {INDEX_FILE}")
-            shapes[name] = shape
-    for name, file in files.items():
-        if name not in shapes:
-            raise ValueError(f"{name}: missing in {file}")
-    return files, shapes
-
-
-def _read_header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor in a safetensors file, which must be as long as its header says."""
-    if not path.is_file():
-        raise ValueError(f"{path.name}: missing in {path.parent}")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else size
-        if 8 + length > size:
-            raise ValueError(f"{path.name}: truncated in its header")
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            entries = [(*t["data_offsets"], n, t["dtype"], t["shape"]) for n, t in header.items()]
-            entries.sort()
-            if not all(type(k) is int for entry in entries for k in (*entry[:2], *entry[4])):
-                raise TypeError("a size that is no integer")
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path.name}: not a safetensors file ({error!r})") from error
-    shapes, position = {}, 0
-    for begin, end, name, dtype, shape in entries:
-        if dtype not in _FLOAT_BYTES:
-            accepted = ", ".join(_FLOAT_BYTES)
-            raise ValueError(f"{name}: dtype {dtype} in {path.name}; accepted: {accepted}")
-        if end - begin != math.prod(shape) * _FLOAT_BYTES[dtype]:
-            raise ValueError(f"{name}: {end - begin} bytes in {path.name} for shape {shape}")
-        if begin != position:
-            raise ValueError(f"{name}: at byte {begin} of {path.name}; accepted: {position}")
-        if 8 + length + end > size:
-            raise ValueError(f"{name}: truncated in {path.name}")
-        position = end
-        shapes[name] = tuple(shape)
-    if 8 + length + position != size:
-        raise ValueError(f"{path.name}: {size - 8 - length - position} bytes after its tensors")
-    return shapes
-
-
-def _expert_entry(config: dict, shapes: dict[str, tuple[int, ...]], layer: int, expert: int) -> Any:
+def _expert_entry(shapes: Mapping, layer: int, expert: int, declared: tuple) -> Any:
     """What the tensors say an expert of a layer is: an entry of `expert_ranks`."""
-    declared = as_triple(declared_ranks(config, layer)[expert])
-    limit = min(config["hidden_size"], config["intermediate_size"])
     found: list[int | str] = []
     for projection, said in zip(PROJECTIONS, declared, strict=True):
         name = f"{mlp_prefix(layer)}experts.{expert}.{projection}_proj"
@@ -251,17 +223,14 @@ def _expert_entry(config: dict, shapes: dict[str, tuple[int, ...]], layer: int, 
                     raise ValueError(f"{side}: missing")
                 if len(shapes[side]) != 2:
                     raise ValueError(f"{side}: shape {shapes[side]}; accepted: a matrix")
-            rank = shapes[a][0]
-            if not 1 <= rank <= limit:
-                raise ValueError(f"{a}: rank {rank}; accepted: 1 to min(D, F), {limit}")
-            found.append(rank)
+            if shapes[a][0] < 1:
+                raise ValueError(f"{a}: rank 0; accepted: 1 or more")
+            found.append(shapes[a][0])
         elif said == 0:
             found.append(0)
         else:
             raise ValueError(f"{full if said == 'full' else a}: missing")
-    if found == ["full"] * 3:
-        return 0
-    return found[0] if found[0] != 0 and len(set(found)) == 1 else tuple(found)
+    return shortest(found)
 
 
 def _check_shapes(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
@@ -275,26 +244,38 @@ def _check_shapes(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[i
             raise ValueError(f"{name}: extra; config.json has no place for it")
 
 
-def _disagreements(config: dict, layer_ranks: Sequence[Sequence]) -> tuple[str, ...]:
-    """Where `expert_ranks` differs from the tensors, one line an expert."""
-    notes = []
-    for expert in range(config["num_experts"]):
-        pairs = [
-            (as_triple(declared_ranks(config, layer)[expert]), as_triple(ranks[expert]))
-            for layer, ranks in enumerate(layer_ranks)
-        ]
-        if all(said == found for said, found in pairs):
-            continue
-        said, found = (_in_words({kind for pair in pairs for kind in pair[i]}) for i in (0, 1))
-        notes.append(f"expert {expert}: expert_ranks says {said}; its tensors hold {found}")
-    return tuple(notes)
-
-
-def _in_words(kinds: set) -> str:
-    """{"full", 4, 16} as "full size and ranks 4 to 16"."""
-    ranks = sorted(kinds - {"full"})
-    words = ["full size"] if "full" in kinds else []
-    if ranks:
-        low, high = ranks[0], ranks[-1]
-        words.append(f"rank {low}" if low == high else f"ranks {low} to {high}")
-    return " and ".join(words)
+def _trim(
+    directory: Path, config: dict, parts: dict[str, Part], stored_ranks: Sequence[Sequence]
+) -> tuple[tuple[tuple, ...], tuple[str, ...]]:
+    """Cut zero rank rows off the factors in `parts`; the ranks that are left, and notes of it."""
+    tails, limit = ZeroTails(directory), min(config["hidden_size"], config["intermediate_size"])
+    layer_ranks, stored, left = [], {}, {}
+    for layer, ranks in enumerate(stored_ranks):
+        entries = []
+        for expert, entry in enumerate(ranks):
+            kinds = list(as_triple(entry))
+            for i, projection in enumerate(PROJECTIONS):
+                if kinds[i] in ("full", 0):
+                    continue
+                name = f"{mlp_prefix(layer)}experts.{expert}.{projection}_proj"
+                a, b = f"{name}_a.weight", f"{name}_b.weight"
+                rank = kinds[i] - tails.count(parts[a].stored, parts[b].stored)
+                if rank > limit:
+                    raise ValueError(f"{a}: rank {rank}; accepted: 1 to min(D, F), {limit}")
+                if rank < kinds[i]:
+                    stored.setdefault(expert, set()).add(kinds[i])
+                    left.setdefault(expert, set()).add(rank)
+                    (_, width), (out, _) = parts[a].shape, parts[b].shape
+                    parts[a] = Part(parts[a].stored, (rank, width), (slice(0, rank),))
+                    parts[b] = Part(parts[b].stored, (out, rank), (slice(None), slice(0, rank)))
+                    if rank == 0:
+                        del parts[a], parts[b]
+                    kinds[i] = rank
+            entries.append(shortest(kinds))
+        layer_ranks.append(tuple(entries))
+    notes = (
+        f"expert {e}: zero rows of factors trimmed: {in_words([(k,) for k in stored[e]])} stored, "
+        f"{in_words([(k,) for k in left[e]])} in use"
+        for e in stored
+    )
+    return tuple(layer_ranks), tuple(notes)

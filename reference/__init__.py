@@ -22,6 +22,7 @@ and float32 for every other.
 
 from .experts import StackedFactors, experts
 from .gated_mix import gated_mix
+from .generation import generate
 from .grouped_gemm import grouped_gemm
 from .layer import FlexMoRE
 from .lowrank import expand, shrink
@@ -37,7 +38,7 @@ from .routing import Routing, RoutingPlan, make_plan, topk_route
 
 __all__ = [
     "FlexMoRE", "FlexMoREForCausalLM", "RouterStatistics", "Routing", "RoutingPlan",
-    "StackedFactors", "expand", "experts", "gated_mix", "grouped_gemm", "load_balancing_loss",
-    "make_plan", "permute", "router_statistics", "router_z_loss", "shrink", "topk_route",
-    "unpermute",
+    "StackedFactors", "expand", "experts", "gated_mix", "generate", "grouped_gemm",
+    "load_balancing_loss", "make_plan", "permute", "router_statistics", "router_z_loss", "shrink",
+    "topk_route", "unpermute",
 ]  # fmt: skip

@@ -4,11 +4,11 @@ h = embed(ids)
 per layer:   h = h + norm(attention(h));   h = h + norm(FlexMoRE(h))        norms after, not before
 logits = W_lm norm(h)
 
-norm(x) = w * x / sqrt(mean(x^2) + eps)              in acc, the weight too, then rounded
-attention: q = rope(norm(Wq h)), k = rope(norm(Wk h)) with the norm over the full width, all heads
-together; v = Wv h; softmax(q k^T / sqrt(d)) v over the earlier positions; Wo
-rope(x)_i = x_i cos(p f_i) - x_{i+d/2} sin(p f_i),  rope(x)_{i+d/2} = x_{i+d/2} cos + x_i sin,
-f_i = theta^(-2i/d), at position p, in acc
+norm: rms_norm.py; attention (attention.py): q = rope(norm(Wq h)), k = rope(norm(Wk h)) with the
+norm over the full width, all heads together; v = Wv h; softmax(q k^T / sqrt(d)) v over the earlier
+positions; Wo. Positions count a request's tokens from 0, padding not.
+
+With a cache, the keys and values of earlier calls' tokens come before those of this call's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .attention import attention, rope
 from .layer import FlexMoRE
+from .rms_norm import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -29,21 +31,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x_acc = x.to(torch.promote_types(x.dtype, torch.float32))
-        x_acc = x_acc * torch.rsqrt(x_acc.square().mean(-1, keepdim=True) + self.eps)
-        return (self.weight * x_acc).to(x.dtype)
-
-
-def rope(x: Tensor, theta: float) -> Tensor:
-    """x (B, heads, S, d), position = index in S."""
-    S, d = x.shape[-2:]
-    acc = torch.promote_types(x.dtype, torch.float32)
-    i = torch.arange(0, d, 2, device=x.device, dtype=acc)
-    frequency = 1 / theta ** (i / d)
-    angle = torch.arange(S, device=x.device, dtype=acc)[:, None] * frequency
-    first, second = x.to(acc).chunk(2, dim=-1)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -61,18 +49,20 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(width, config.rms_norm_eps, **kind)
         self.k_norm = RMSNorm(kv, config.rms_norm_eps, **kind)
 
-    def forward(self, h: Tensor, allowed: Tensor) -> Tensor:
+    def forward(self, h: Tensor, positions: Tensor, allowed: Tensor, past: list) -> Tensor:
+        """`past` holds k, v (B, heads, columns, d) of earlier tokens; these tokens' are added."""
+
         def split(x, heads):
             return x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
 
-        q = rope(split(self.q_norm(self.q_proj(h)), self.heads), self.theta)
-        k = rope(split(self.k_norm(self.k_proj(h)), self.kv_heads), self.theta)
+        q = rope(split(self.q_norm(self.q_proj(h)), self.heads), positions, self.theta)
+        k = rope(split(self.k_norm(self.k_proj(h)), self.kv_heads), positions, self.theta)
         v = split(self.v_proj(h), self.kv_heads)
-        k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
-        scores = (q @ k.transpose(-1, -2)) * self.head_dim**-0.5
-        acc = torch.promote_types(h.dtype, torch.float32)
-        p = scores.to(acc).masked_fill(~allowed, -torch.inf).softmax(-1).to(h.dtype)
-        return self.o_proj((p @ v).transpose(1, 2).flatten(2))
+        k, v = (
+            torch.cat([*old, new], 2) for old, new in zip(past or ((), ()), (k, v), strict=True)
+        )
+        past[:] = [(k,), (v,)]
+        return self.o_proj(attention(q, k, v, allowed).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -95,8 +85,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps, **kind)
         self.post_feedforward_layernorm = RMSNorm(config.hidden_size, eps, **kind)
 
-    def forward(self, h: Tensor, allowed: Tensor, expert_mask: Tensor | None) -> Tensor:
-        h = h + self.post_attention_layernorm(self.self_attn(h, allowed))
+    def forward(self, h, positions, allowed, expert_mask, past: list) -> Tensor:
+        h = h + self.post_attention_layernorm(self.self_attn(h, positions, allowed, past))
         return h + self.post_feedforward_layernorm(self.mlp(h, expert_mask=expert_mask))
 
 
@@ -114,17 +104,28 @@ class Decoder(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kind)
 
-    def forward(self, input_ids, attention_mask, expert_mask) -> Tensor:
-        S = input_ids.shape[1]
-        allowed = torch.ones(S, S, dtype=torch.bool, device=input_ids.device).tril()
-        if attention_mask is not None:
-            # A token may always see itself, so that a padded one has a softmax.
-            itself = torch.eye(S, dtype=torch.bool, device=input_ids.device)
-            allowed = allowed & (attention_mask.bool()[:, None, None, :] | itself)
+    def forward(self, input_ids, attention_mask, expert_mask, cache, keep) -> Tensor:
+        B, S = input_ids.shape
+        cache = {} if cache is None else cache
+        if not cache:
+            cache["real"] = torch.zeros(B, 0, dtype=torch.bool, device=input_ids.device)
+            cache["past"] = [[] for _ in self.layers]
+            cache["expert_mask"] = expert_mask
+        now = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        before = cache["real"].shape[1]
+        cache["real"] = real = torch.cat([cache["real"], now.bool()], 1)
+        positions = (real.cumsum(1) - 1).clamp(min=0)[:, before:]
+        column = torch.arange(before + S, device=input_ids.device)
+        earlier, itself = (op(column, column[before:, None]) for op in (torch.lt, torch.eq))
+        # A token may always see itself, so that a padded one has a softmax.
+        allowed = earlier & real[:, None, None, :] | itself
+        expert_mask = cache["expert_mask"]
+        if expert_mask is not None and expert_mask.dim() == 2:
+            expert_mask = expert_mask[:, None].expand(-1, S, -1)
         h = self.embed_tokens(input_ids)
-        for layer in self.layers:
-            h = layer(h, allowed, expert_mask)
-        return self.norm(h)
+        for layer, past in zip(self.layers, cache["past"], strict=True):
+            h = layer(h, positions, allowed, expert_mask, past)
+        return self.norm(h[:, -keep:])
 
 
 class FlexMoREForCausalLM(nn.Module):
@@ -156,9 +157,15 @@ class FlexMoREForCausalLM(nn.Module):
         attention_mask: Tensor | None = None,
         *,
         expert_mask: Tensor | None = None,
+        cache: dict | None = None,
+        logits_to_keep: int = 0,
     ) -> Tensor:
-        """Ids (B, S) -> logits (B, S, vocab); attention_mask (B, S) is 0 at padding."""
-        h = self.model(input_ids, attention_mask, expert_mask)
+        """Ids (B, S) -> logits (B, S, vocab), or of the last `logits_to_keep` positions.
+
+        attention_mask (B, S) is 0 at padding; expert_mask is (E,), (B, E) or (B, S, E). `cache` is
+        {} at first, and then what earlier calls made of it, with the expert mask of the first.
+        """
+        h = self.model(input_ids, attention_mask, expert_mask, cache, logits_to_keep)
         if self.config.tie_word_embeddings:
             return F.linear(h, self.model.embed_tokens.weight)
         return self.lm_head(h)

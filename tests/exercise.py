@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from flexmore_kernels import ops
+from flexmore_kernels.ops.attention import Filled, Place, attend, rotated_heads
+from flexmore_kernels.ops.rms_norm import rms_norm
 from flexmore_kernels.ragged import RoutingPlan, packed_size
 from flexmore_kernels.testing import (
     make_pair,
@@ -136,7 +138,28 @@ def experts(s: Setup) -> list[Tensor]:
     return [*_backward(ops.experts(*given)), alone]
 
 
+@torch.no_grad()
+def decoder(s: Setup) -> list[Tensor]:
+    """What stands around the layer: norms, heads of 64 with and without a cache, one token."""
+    heads, head, rows = 4, 64, min(s.tokens, 64)
+    width, narrow = heads * head, heads // 2 * head
+    place = torch.zeros(2, rows, heads // 2, rows + 16, head).to(s.device, s.dtype)
+    columns = torch.arange(rows + 16).to(s.device)
+    acc = torch.promote_types(s.dtype, torch.float32)
+    rotary = tuple(torch.rand(1, 1, head // 2).to(s.device, acc) for _ in "cs")
+    weights = tuple(s.x(1, size)[0].detach() for size in (width, narrow))
+    q, k, v = (s.x(rows, size).detach()[:, None] for size in (width, narrow, narrow))
+    alone = rotated_heads(q, k, v, *weights, 1e-6, rotary)
+    where = Place(*place, columns[3:4])
+    cached = rotated_heads(q, k, v, *weights, 1e-6, rotary, where)
+    real = torch.ones(rows, rows + 16, dtype=torch.bool).to(s.device)
+    filled = Filled(real, columns[4:5])
+    x = s.x(s.tokens, s.hidden).detach()
+    norms = [rms_norm(x, weight, 1e-6, r) for weight in x[:1] for r in (None, x)]
+    return [*norms, *alone, attend(*cached, real[:, None, None], False, filled)]
+
+
 FAMILIES = {
     function.__name__: function
-    for function in (routing, permutation, grouped_gemm, lowrank, gated_mix, experts)
+    for function in (routing, permutation, grouped_gemm, lowrank, gated_mix, experts, decoder)
 }

@@ -13,7 +13,10 @@ import flexmore_kernels as fk
 from flexmore_kernels import ragged
 from flexmore_kernels.testing import assert_same
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+]
 
 LAYERS = {
     "low_rank": ((0, 16, 7, 64, 8), 700),

@@ -117,6 +117,32 @@ def test_model_is_causal_and_padding_is_unseen():
     assert not torch.allclose(model(changed)[:, 4:], logits[:, 4:])
 
 
+def test_model_positions_count_tokens_alone():
+    """A hole in the mask shifts nothing: the same as if its tokens were not there."""
+    model = make(torch.float64)
+    ids = torch.randint(50, (1, 8))
+    hidden = torch.tensor([[0, 1, 1, 0, 0, 1, 1, 1]])
+    some = model(ids, hidden)[hidden.bool()]
+    testing.assert_accurate(some, model(ids[hidden.bool()][None])[0].detach())
+
+
+def test_model_keeps_the_last_logits_and_takes_masks_of_any_shape():
+    model = make(torch.float64)
+    ids, mask = torch.randint(50, (2, 7)), torch.tensor(PADDING["left"])
+    experts = torch.tensor([[1, 0, 1, 1], [1, 1, 0, 0]]).bool()
+    logits = model(ids, mask, expert_mask=experts)
+    last = model(ids, mask, expert_mask=experts, logits_to_keep=2)
+    testing.assert_accurate(last, logits[:, -2:].detach())
+    testing.assert_same(model(ids, mask, expert_mask=experts[:, None].expand(2, 7, 4)), logits)
+    for row in (0, 1):
+        alone = model(ids, mask, expert_mask=experts[row])[row]
+        testing.assert_accurate(alone, logits[row].detach())
+    with pytest.raises(ValueError, match=r"^expert_mask: got shape \(3, 4\); accepted: \(4,\)"):
+        model(ids, expert_mask=experts[:1].expand(3, 4))
+    with pytest.raises(ValueError, match="^logits_to_keep: got -1"):
+        model(ids, logits_to_keep=-1)
+
+
 def test_model_keys_are_the_checkpoints():
     shapes = {name: tuple(t.shape) for name, t in make().state_dict().items()}
     block = {
@@ -179,6 +205,22 @@ def test_config_of_a_json_file_and_back():
     with_theta = fk.FlexMoREConfig.from_dict(written)
     with_theta.rope_theta = 7.0
     assert fk.FlexMoREConfig.from_dict(with_theta.to_dict()).rope_theta == 7.0
+
+
+def test_config_of_ragged_ranks_and_back():
+    written = json.loads(json.dumps(config(expert_ranks=PER_LAYER).to_dict()))
+    assert written["expert_ranks"] == [0, 3, 2, 24]
+    assert written["layer_expert_ranks"] == PER_LAYER
+    again = fk.FlexMoREConfig.from_dict(written)
+    assert again.expert_ranks == PER_LAYER and "layer_expert_ranks" not in again.extra
+    assert again.to_dict() == written
+    # What a loader found in the tensors is right, whatever the file said.
+    found = fk.FlexMoREConfig.from_dict(written | {"expert_ranks": PER_LAYER[::-1]})
+    assert found.expert_ranks == PER_LAYER[::-1]
+    triples = config(expert_ranks=[0, 3, (0, 0, 0), (7, 0, "full")]).to_dict()
+    assert triples["expert_ranks"] == [0, 3, 0, 7]
+    assert triples["layer_expert_ranks"] == [[0, 3, (0, 0, 0), (7, 0, "full")]] * 2
+    assert "layer_expert_ranks" not in config().to_dict()
 
 
 def test_config_defaults_are_flexolmos():

@@ -6,6 +6,12 @@ run, so that `flexmore --help` is quick.
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..checkpoint_layout import Layout
 
 FAILED = 1
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -25,3 +31,22 @@ def add_device(parser: argparse.ArgumentParser) -> None:
         "--device", choices=("cpu", "cuda"), help="default: cuda where there is one"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, else float32")
+
+
+def experts(text: str) -> list[int]:
+    """An argument's experts, as 2,5."""
+    return [int(part) for part in text.split(",")]
+
+
+def progress(command: str) -> Callable[[str], None]:
+    """Where a long command says how far it is: stderr, a line each time."""
+    return lambda text: print(f"flexmore {command}: {text}", file=sys.stderr, flush=True)
+
+
+def describe(layout: Layout) -> str:
+    """A written checkpoint in one line."""
+    config = layout.config
+    return (
+        f"{layout.directory}: {layout.kind}, top-{config['num_experts_per_tok']} of "
+        f"{config['num_experts']} experts, {sum(p.nbytes for p in layout.parts.values()):,} bytes"
+    )

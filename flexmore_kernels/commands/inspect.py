@@ -1,32 +1,37 @@
-"""What a checkpoint directory holds, checked, without loading it."""
+"""What a checkpoint directory holds, checked, without loading it: kind, sizes, ranks by layer."""
 
 from __future__ import annotations
 
 import argparse
+import json
+
+from . import progress
 
 NAME, HELP = "inspect", "what a checkpoint directory holds"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT_DIR")
+    parser.add_argument(
+        "--numerical-rank",
+        action="store_true",
+        help="find the ranks of experts that were truncated and then stored full-size (reads them)",
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="of --numerical-rank; default: cuda if there"
+    )
+    parser.add_argument("--json", action="store_true", help="the same for programs")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from .. import backend, checkpoint_report
     from ..checkpoint_layout import read_layout
 
     layout = read_layout(arguments.checkpoint)
-    config = layout.config
-    print(
-        f"{layout.directory}: {len(layout.shapes)} tensors in {len(set(layout.files.values()))} "
-        f"files, all there\n{config['num_hidden_layers']} layers, D = {config['hidden_size']}, "
-        f"F = {config['intermediate_size']}, top-{config['num_experts_per_tok']} of "
-        f"{config['num_experts']} experts{', with expert bias' if layout.expert_bias else ''}"
-    )
-    previous = None
-    for layer, ranks in enumerate(layout.layer_ranks):
-        if ranks != previous:
-            print(f"  from layer {layer}: ranks {', '.join(map(str, ranks))}  (0: full-size)")
-        previous = ranks
-    for note in layout.notes:
-        print(f"  note: {note}")
+    found = checkpoint_report.report(layout)
+    if arguments.numerical_rank:
+        device = backend.device_or_default(arguments.device)
+        ranks = checkpoint_report.numerical_ranks(layout, device, progress(NAME))
+        found["numerical_ranks"] = ranks
+    print(json.dumps(found, indent=1) if arguments.json else checkpoint_report.as_text(found))
     return 0

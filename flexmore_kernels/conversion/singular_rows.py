@@ -1,9 +1,9 @@
 """Orthogonal directions Q (k, m) of a matrix M (k, n), k <= n, such that rows of w = Q^T M are
 orthogonal and descend: rows of w are the right singular vectors times the singular values.
 
-Exact. The eigenvectors of M M^T, in float64. A product and an eigenproblem of size k are what a GPU
-does well; a bidiagonal SVD of 4096 x 11008 does as much in matrix-vector products as well as on the
-rotations. Two things make good what squaring loses:
+Exact. The eigenvectors of M M^T, in float64: products, and an eigenproblem of size k, which has
+less work than a bidiagonal SVD, and less of it in matrix-vector products and rotations. Two things
+make good what squaring loses:
   * s_i is taken as the norm of row i of w, not as a root of an eigenvalue, and Q is orthogonal. So
     the norm of what rank r drops, Q_{>r} w_{>r}, is that of the dropped s, to rounding, however
     wrong Q may be.
@@ -33,7 +33,8 @@ _STAGE = 2.0**-10
 """Smaller rows, of the largest, wait for the next eigenproblem: within one, cosines that come from
 eps = 2^-52 stay below about 2^-32."""
 _SMALL_ANGLE = 2.0**-10
-"""Angles that are turned to first order; their squares are then below the square of eps' root."""
+"""Up to this, angles are turned, to first order. Between rows of unlike norms they are far smaller;
+larger ones are between norms so alike that neither direction is better."""
 _POWER = 3
 """Power iterations of the range finder, for spectra that fall slowly (section 4.5 there)."""
 
@@ -81,9 +82,9 @@ def randomized_rows(matrix: Tensor, rank: int, generator: torch.Generator | None
     gaussian = torch.randn(
         shape, generator=generator, dtype=matrix.dtype, device=generator.device
     ).to(matrix.device)
-    basis = torch.linalg.qr(matrix @ gaussian)[0]
+    basis = _orthonormal(matrix @ gaussian)
     for _ in range(_POWER):
-        basis = torch.linalg.qr(matrix @ (matrix.T @ basis))[0]
+        basis = _orthonormal(matrix @ (matrix.T @ basis))
     inside = exact_rows(basis.T @ matrix)
     found = inside._replace(q=basis @ inside.q)
     rest = matrix - found.q @ found.rows
@@ -97,13 +98,11 @@ def randomized_rows(matrix: Tensor, rank: int, generator: torch.Generator | None
 def singular_norms(matrix: Tensor) -> Tensor:
     """The norms alone, for k <= n; right to the relative error 2^-20 or to a few eps s_1.
 
-    Eigenvalues of M M^T have the absolute error eps s_1^2; where some s are too small for that, a
-    bidiagonal SVD instead.
+    Eigenvalues of M M^T have the absolute error eps s_1^2; where some s are too small for that, all
+    rows after all.
     """
     norms = torch.linalg.eigvalsh(matrix @ matrix.T).flip(0).clamp_min(0).sqrt()
-    if norms[-1] < _GRAM_SAFE * norms[0]:
-        norms = torch.linalg.svdvals(matrix)
-    return norms
+    return exact_rows(matrix).norms if norms[-1] < _GRAM_SAFE * norms[0] else norms
 
 
 def scaled(name: str, tensor: Tensor) -> tuple[Tensor, float]:
@@ -138,6 +137,20 @@ def _tail_norms(norms: Tensor, outside: float) -> Tensor:
     return squares.flip(0).cumsum(0).flip(0).sqrt()
 
 
+def _orthonormal(columns: Tensor) -> Tensor:
+    """An orthonormal basis of these (k, m) columns: two Cholesky factorisations of their products,
+    which is matrix products nearly alone, or Householder's where they are close to dependent."""
+    found = columns
+    for _ in range(2):
+        root, fault = torch.linalg.cholesky_ex(found.T @ found)
+        if int(fault):
+            return torch.linalg.qr(columns)[0]
+        found = torch.linalg.solve_triangular(root, found.T, upper=False).T
+    # The second was of nearly orthonormal columns, so its root is close to 1, or it was in vain.
+    close = bool((root - _identity(root)).norm() < 0.5)
+    return found if close else torch.linalg.qr(columns)[0]
+
+
 def _small_rotation(products: Tensor) -> Tensor:
     """The orthogonal matrix that removes inner products e_ij between rows of squared norms d_i.
 
@@ -145,6 +158,7 @@ def _small_rotation(products: Tensor) -> Tensor:
     norms are alike, and a cosine c changes singular values by the factor 1 +- c at most. The Cayley
     transform of a skew matrix is orthogonal to rounding, whatever its size.
     """
+    products = (products + products.T) / 2  # to the last bit: else skew is not skew
     squares = products.diagonal()
     gap = squares[None, :] - squares[:, None]
     small = products.abs() < _SMALL_ANGLE * gap.abs()

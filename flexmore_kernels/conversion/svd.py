@@ -27,8 +27,9 @@ __all__ = [
 ]  # fmt: skip
 
 METHODS = ("exact", "randomized")
-_DAMPING = 2.0**-26
-"""What an input that never occurred counts, of the mean input: the root of float64's eps."""
+_DAMPING, _MOST_DAMPING = 2.0**-26, 2.0**-10
+"""What an input that never occurred counts, of the mean input: the root of float64's eps, or, where
+a moment of few inputs was rounded and so has eigenvalues below zero, as much as makes up for it."""
 
 
 class Decomposition(NamedTuple):
@@ -71,8 +72,8 @@ def decompose(
         generator: of the random numbers; None is a fixed seed, so that two runs give one result.
 
     With S = L L^T the weighted problem is the plain one for delta L, and vt L^-1 goes with delta.
-    S gets 2^-26 of its mean diagonal on the diagonal, so that L^-1 exists when texts do not show
-    all of the inputs' directions.
+    S gets 2^-26 of its mean diagonal on the diagonal (more, up to 2^-10, where its rounding asks
+    for it), so that L^-1 exists when texts do not show all of the inputs' directions.
 
     Raises ValueError or TypeError naming the argument; a NaN or Inf in delta is a ValueError.
     """
@@ -165,9 +166,13 @@ def _root(second_moment: Tensor, delta: Tensor) -> Tensor:
         )
     if diagonal:
         return (moment + _DAMPING * mean).sqrt()
-    damped = (moment + moment.T) / 2
-    damped.diagonal().add_(_DAMPING * mean)
-    root, fault = torch.linalg.cholesky_ex(damped)
-    if int(fault):
-        raise ValueError("second_moment: is not positive semidefinite; accepted: a mean of x x^T")
-    return root
+    moment = (moment + moment.T) / 2
+    share = _DAMPING
+    while share <= _MOST_DAMPING:
+        damped = moment.clone()
+        damped.diagonal().add_(share * mean)
+        root, fault = torch.linalg.cholesky_ex(damped)
+        if not int(fault):
+            return root
+        share *= 16
+    raise ValueError("second_moment: is not positive semidefinite; accepted: a mean of x x^T")

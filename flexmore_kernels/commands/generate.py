@@ -1,0 +1,192 @@
+"""Continue prompts with a checkpoint's model: text as it comes, speed, what each expert did."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import Any
+
+from . import add_device, positive
+
+NAME, HELP = "generate", "continue prompts: text as it comes, tokens a second, experts' shares"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CHECKPOINT_DIR")
+    parser.add_argument(
+        "prompt", nargs="*", help="one or more texts, as one batch (needs tokenizer.json there)"
+    )
+    parser.add_argument(
+        "--ids", action="append", metavar="5,17,3", help="a prompt as ids; repeat for a batch"
+    )
+    parser.add_argument("--max-new-tokens", type=positive, default=128, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, help="default: 0, greedy")
+    parser.add_argument("--top-k", type=positive, metavar="K")
+    parser.add_argument("--top-p", type=float, metavar="P")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    parser.add_argument(
+        "--experts", action="append", metavar="LIST",
+        help="0,2,5: these alone; -3 or -3,-4: all but these (as --experts=-3,-4); once for all "
+        "prompts, or once a prompt",
+    )  # fmt: skip
+    parser.add_argument(
+        "--active", type=positive, metavar="K", help="experts a token; default: the config's"
+    )
+    add_device(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from .. import backend
+    from ..checkpoint import load_model, read_layout
+    from ..text import Pieces, ids_of, read_tokenizer
+
+    device = backend.device_or_default(arguments.device)
+    layout = read_layout(arguments.checkpoint)
+    if bool(arguments.prompt) == bool(arguments.ids):
+        raise ValueError("prompt: got none, or texts and --ids; accepted: texts, or --ids")
+    tokenizer = read_tokenizer(layout.directory, needed=bool(arguments.prompt))
+    vocabulary = layout.config["vocab_size"]
+    prompts = [tokenizer.encode(text).ids for text in arguments.prompt]
+    prompts += [ids_of(text) for text in arguments.ids or ()]
+    for number, prompt in enumerate(prompts):
+        if not prompt or max(prompt) >= vocabulary:
+            raise ValueError(f"prompt {number}: got {prompt}; accepted: ids from 0 to "
+                             f"{vocabulary - 1}, at least one")  # fmt: skip
+    experts = _expert_mask(arguments.experts, len(prompts), layout.config["num_experts"])
+    dtype = arguments.dtype or ("bfloat16" if device == "cuda" else "float32")
+    _say(f"loading {layout.directory} as {dtype} on {device}")
+    model = load_model(layout, device, getattr(torch, dtype)).eval()
+    if arguments.active is not None:
+        _activate(model, arguments.active)
+    pieces = [Pieces(tokenizer) for _ in prompts]
+    clock = _Clock(_Printer(pieces, model.config.extra.get("eos_token_id")))
+    length = max(map(len, prompts))
+    ids = torch.tensor([[0] * (length - len(p)) + p for p in prompts], device=device)
+    real = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=device)
+    with model.counting() as counted:
+        model.generate(
+            ids,
+            attention_mask=real,
+            max_new_tokens=arguments.max_new_tokens,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            generator=torch.Generator(device).manual_seed(arguments.seed),
+            expert_mask=None if experts is None else experts.to(device),
+            stream=clock,
+        )
+    clock.printer.finish()
+    print(f"\n{clock.speed(len(prompts), sum(map(len, prompts)))}\n{_shares(counted)}",
+          file=sys.stderr)  # fmt: skip
+    return 0
+
+
+class _Printer:
+    """One prompt's text as it comes; of several, each when it has ended, with its number."""
+
+    def __init__(self, pieces: list, eos: Any) -> None:
+        self.pieces = pieces
+        self.eos = set(eos) if isinstance(eos, list) else {eos}
+        self.texts: list[str] = [""] * len(pieces)
+        self.open = set(range(len(pieces)))
+
+    def add(self, column: list[int]) -> None:
+        for row in sorted(self.open):
+            if column[row] in self.eos:
+                self._end(row)
+            else:
+                self._show(row, self.pieces[row].add(column[row]))
+
+    def finish(self) -> None:
+        for row in sorted(self.open):
+            self._end(row)
+
+    def _end(self, row: int) -> None:
+        self._show(row, self.pieces[row].rest())
+        self.open.discard(row)
+        if len(self.pieces) > 1:
+            print(f"[{row}] {self.texts[row]}", flush=True)
+
+    def _show(self, row: int, text: str) -> None:
+        self.texts[row] += text
+        if len(self.pieces) == 1:
+            print(text, end="", flush=True)
+
+
+class _Clock:
+    """Takes tokens to the printer and times them."""
+
+    def __init__(self, printer: _Printer) -> None:
+        self.printer, self.begin, self.times = printer, time.perf_counter(), []
+
+    def __call__(self, column: Any) -> None:
+        self.printer.add(column.tolist())
+        self.times.append(time.perf_counter())
+
+    def speed(self, requests: int, prompt_tokens: int) -> str:
+        first = self.times[0] - self.begin
+        text = f"first token after {first * 1e3:.0f} ms ({prompt_tokens} tokens of prompt)"
+        rest = len(self.times) - 1
+        if rest:
+            seconds = max(self.times[-1] - self.times[0], 1e-9)
+            text += (
+                f"; then {rest * requests / seconds:.1f} tokens/s "
+                f"({seconds / rest * 1e3:.2f} ms a step, {requests} at once)"
+            )
+        return text
+
+
+def _shares(counted: list) -> str:
+    """How many of the tokens each expert served, over all layers."""
+    load = sum(one.load for one in counted).double()
+    tokens = max(1, sum(int(one.tokens) for one in counted))
+    parts = (f"{e}: {100 * float(part) / tokens:.1f} %" for e, part in enumerate(load))
+    return "share of tokens per expert: " + ", ".join(parts)
+
+
+def _expert_mask(texts: list[str] | None, prompts: int, num_experts: int) -> Any:
+    """--experts as bool (E,) or, given once a prompt, (B, E)."""
+    import torch
+
+    if texts is None:
+        return None
+    if len(texts) not in (1, prompts):
+        raise ValueError(f"--experts: got {len(texts)}; accepted: one, or one a prompt, {prompts}")
+    rows = torch.stack([_allowed(text, num_experts) for text in texts])
+    return rows[0] if len(texts) == 1 else rows
+
+
+def _allowed(text: str, num_experts: int) -> Any:
+    import torch
+
+    from ..text import ids_of
+
+    parts = [part.strip() for part in text.split(",")]
+    signs = {part.startswith("-") for part in parts}
+    without = True in signs
+    numbers = ids_of(",".join(part.removeprefix("-") for part in parts))
+    if len(signs) > 1 or max(numbers) >= num_experts:
+        raise ValueError(
+            f"--experts: got {text!r}; accepted: 0,2,5 or all with a minus, -3,-4, of experts "
+            f"0 to {num_experts - 1}"
+        )
+    mask = torch.full((num_experts,), without)
+    mask[numbers] = not without
+    if not mask.any():
+        raise ValueError(f"--experts: got {text!r}; accepted: what leaves an expert")
+    return mask
+
+
+def _activate(model: Any, top_k: int) -> None:
+    experts = model.config.num_experts
+    if top_k > experts:
+        raise ValueError(f"--active: got {top_k}; accepted: 1 to {experts}")
+    for block in model.model.layers:
+        block.mlp.top_k = top_k
+
+
+def _say(text: str) -> None:
+    print(f"flexmore generate: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,111 @@
+"""One more token for each request: forward, choice, stop test; as one CUDA graph where asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .kv_cache import KVCache
+from .sampling import Sampling, choose
+
+WARM_UP = 2
+"""Steps that run before a capture: kernels are compiled, libraries set up, in what is no rehearsal
+but the first tokens themselves."""
+
+
+class DecodeStep:
+    """The tokens of now, and what makes the next ones of them.
+
+    Args:
+        model, cache: the cache holds the prompts. sampling, generator: see `sampling.choose`.
+        stops: ids that end a request. pad: what an ended request gets.
+        cuda_graph: run WARM_UP steps as they are, capture one, replay it from then on. The graph
+            holds the weights where they lie: it is of this object, and lives as long.
+
+    tokens (B, 1) int64 and finished (B,) bool are rewritten in place by every step.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        cache: KVCache,
+        sampling: Sampling,
+        stops: Sequence[int],
+        pad: int,
+        generator: torch.Generator | None = None,
+        *,
+        cuda_graph: bool = False,
+    ) -> None:
+        self.model, self.cache = model, cache
+        self.sampling, self.generator, self.pad = sampling, generator, pad
+        device = model.model.embed_tokens.weight.device
+        self._stops = torch.tensor(list(stops), dtype=torch.int64, device=device)
+        self._left = WARM_UP
+        self._wants_graph, self._graph = cuda_graph, None
+        self._stream = torch.cuda.Stream(device) if cuda_graph else None
+
+    @torch.no_grad()
+    def take(self, logits: Tensor) -> None:
+        """The first tokens, from the prompts' last logits (B, 1, V)."""
+        tokens = choose(logits[:, -1], self.sampling, self.generator)
+        self.tokens = tokens[:, None].clone()
+        self.finished = self._ends(tokens)
+
+    def __call__(self) -> None:
+        """Replace the tokens by the next ones."""
+        if not self._wants_graph:
+            self._run()
+        elif self._graph is not None:
+            self._replay()
+        elif self._left:
+            self._left -= 1
+            # As torch documents it: on a stream beside, before a capture.
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+            with torch.cuda.stream(self._stream):
+                self._run()
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        else:
+            self._capture()
+            self._replay()
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        if self.generator is not None and self.sampling.temperature:
+            graph.register_generator_state(self.generator)
+        length = self.cache.length
+        with torch.cuda.graph(graph):
+            self._run()
+        self.cache.length = length  # what is captured has not run
+        self._graph = graph
+
+    def _replay(self) -> None:
+        self.cache.advance(1)
+        self._graph.replay()
+
+    @torch.no_grad()
+    def _run(self) -> None:
+        logits = self.model(self.tokens, cache=self.cache, logits_to_keep=1)
+        tokens = choose(logits[:, -1], self.sampling, self.generator)
+        tokens = tokens.masked_fill(self.finished, self.pad)
+        self.finished |= self._ends(tokens)
+        self.tokens.copy_(tokens[:, None])
+
+    def _ends(self, tokens: Tensor) -> Tensor:
+        return (tokens[:, None] == self._stops).any(1)
+
+    def host_buffer(self) -> Tensor:
+        """Room for one step's tokens (B,) on the CPU, that the device can write to by itself."""
+        pinned = self.tokens.device.type == "cuda"
+        return torch.zeros(self.tokens.shape[0], dtype=torch.int64, pin_memory=pinned)
+
+    def copy_to(self, slot: Tensor) -> torch.cuda.Event | None:
+        """Copy the tokens; on a GPU without waiting, and with the event of their arrival."""
+        slot.copy_(self.tokens[:, 0], non_blocking=True)
+        if self.tokens.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.tokens.device))
+        return event

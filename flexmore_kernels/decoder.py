@@ -1,0 +1,128 @@
+"""The blocks around the layer: FlexOlmo's OLMo-2 decoder with FlexMoRE as its feed-forward.
+
+Post-norm (the norm follows attention and feed-forward), RMSNorm over the whole width of q and k in
+OLMo-2's order of precision, RoPE in float32, grouped key-value heads. Maths: reference/model.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .counters import RouterStatistics
+from .kv_cache import Heads, KVCache, Step, uncached
+from .layer import FlexMoRE
+from .model_config import FlexMoREConfig
+from .ops.attention import attend, rotated_heads
+from .ops.rms_norm import rms_norm
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight in float32 (float64), rounded once; plus a residual."""
+
+    def __init__(self, size: int, eps: float, **kind) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size, **kind))
+        self.eps = eps
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return rms_norm(x, self.weight, self.eps, residual)
+
+
+class Attention(nn.Module):
+    """Causal attention with full-width norms of q and k and grouped key-value heads."""
+
+    def __init__(self, config: FlexMoREConfig, layer: int, **kind) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        D, eps = config.hidden_size, config.rms_norm_eps
+        width = config.num_attention_heads * self.head_dim
+        groups = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(D, width, bias=False, **kind)
+        self.k_proj = nn.Linear(D, groups, bias=False, **kind)
+        self.v_proj = nn.Linear(D, groups, bias=False, **kind)
+        self.o_proj = nn.Linear(width, D, bias=False, **kind)
+        self.q_norm, self.k_norm = RMSNorm(width, eps, **kind), RMSNorm(groups, eps, **kind)
+
+    def forward(self, h: Tensor, step: Step, cache: KVCache | None) -> Tensor:
+        place = None if cache is None else cache.place(self.layer)
+        q, k, v = rotated_heads(
+            *(self.q_proj(h), self.k_proj(h), self.v_proj(h)),
+            *(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps),
+            step.rotary,
+            place,
+        )
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        y = attend(q, k, v, step.allowed, step.causal, step.filled)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """One decoder layer: h + norm(attention(h)), then h + norm(FlexMoRE(h))."""
+
+    def __init__(self, config: FlexMoREConfig, layer: int, **kind) -> None:
+        super().__init__()
+        D, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = Attention(config, layer, **kind)
+        self.mlp = FlexMoRE(
+            D,
+            config.intermediate_size,
+            config.layer_ranks(layer),
+            config.num_experts_per_tok,
+            norm_topk_prob=config.norm_topk_prob,
+            scoring=config.scoring,
+            expert_bias=config.expert_bias,
+            **kind,
+        )
+        self.statistics: RouterStatistics | None = (
+            None  # what `FlexMoREForCausalLM.counting` adds to
+        )
+        self.post_attention_layernorm = RMSNorm(D, eps, **kind)
+        self.post_feedforward_layernorm = RMSNorm(D, eps, **kind)
+
+    def forward(self, h, step, expert_mask, cache, counted) -> Tensor:
+        h = self.post_attention_layernorm(self.self_attn(h, step, cache), h)
+        if self.statistics is None:
+            y = self.mlp(h, expert_mask=expert_mask)
+        else:
+            y, routing = self.mlp(h, expert_mask=expert_mask, return_routing=True)
+            self.statistics.add_(
+                ops.router_statistics(
+                    *(routing.logits, routing.indices, routing.weights),
+                    scoring=self.mlp.scoring, bias=self.mlp.gate.expert_bias, mask=expert_mask,
+                    padding_mask=counted,
+                )
+            )  # fmt: skip
+        return self.post_feedforward_layernorm(y, h)
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and the final norm."""
+
+    def __init__(self, config: FlexMoREConfig, **kind) -> None:
+        super().__init__()
+        self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
+        self.num_experts = config.num_experts
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, **kind)
+        self.layers = nn.ModuleList(
+            Block(config, layer, **kind) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kind)
+
+    def forward(self, input_ids, attention_mask, expert_mask, cache, keep) -> Tensor:
+        batch, length = input_ids.shape
+        h = self.embed_tokens(input_ids)
+        heads = Heads(self.head_dim, self.rope_theta, h.dtype)
+        mask = None if attention_mask is None else attention_mask.to(torch.bool)
+        if cache is None:
+            step = uncached(mask, length, h.device, heads)
+        else:
+            expert_mask = cache.bind(expert_mask, batch, self.num_experts)
+            step = cache.begin(mask, batch, length, h.device, heads)
+        if expert_mask is not None and expert_mask.dim() == 2:  # one for all tokens of a request
+            expert_mask = expert_mask[:, None].expand(-1, length, -1).contiguous()
+        for layer in self.layers:
+            h = layer(h, step, expert_mask, cache, mask)
+        return self.norm(h[:, -keep:])

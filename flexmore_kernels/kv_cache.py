@@ -1,0 +1,275 @@
+"""Keys and values of the tokens so far, for decoding: grown at each call, or preallocated.
+
+A cache begins empty and is given to each forward of a conversation: the first brings the prompts,
+left-padded to one length, the later ones what follows. It remembers which columns are padding,
+each request's position, and each request's expert mask, which is fixed for its life: what the
+keys and values of a prefix are depends on it, so `key` is part of what a prefix cache looks up.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checks import check_int
+from .model_config import FlexMoREConfig
+from .ops.attention import Filled, Place
+from .rotary import rotary_table
+
+COLUMNS_MULTIPLE = 16  # a mask's rows of a multiple of 16 bytes are read by attention as they lie
+
+
+class Step(NamedTuple):
+    """Where the tokens of one forward stand.
+
+    rotary: cos and sin (B or 1, S, d/2) of their positions. allowed: bool, broadcast to (B, 1, S,
+    columns), the columns that a token may see, or None: all, or with `causal` those before it.
+    filled: the same, of one token against a static cache, as `ops.attention` takes it.
+    """
+
+    rotary: tuple[Tensor, Tensor]
+    allowed: Tensor | None
+    causal: bool
+    filled: Filled | None = None
+
+
+class Heads(NamedTuple):
+    """What of a config a step needs: head_dim and RoPE's theta; the dtype of the model."""
+
+    size: int
+    theta: float
+    dtype: torch.dtype
+
+
+def first_positions(mask: Tensor | None, length: int, device: torch.device) -> Tensor:
+    """(B, S), or (1, S) without a mask: tokens count from 0, padding does not, as Hugging Face."""
+    if mask is None:
+        return torch.arange(length, device=device)[None]
+    return (mask.to(torch.int64).cumsum(1) - 1).clamp(min=0)
+
+
+def among_themselves(mask: Tensor | None, length: int) -> Tensor | None:
+    """What tokens without a past may see, bool (B, 1, S, S); None without padding: causal."""
+    if mask is None:
+        return None
+    column = torch.arange(length, device=mask.device)
+    # A token may always see itself, so that a padded one has a softmax.
+    return _visible(mask, column, column)
+
+
+def _visible(real: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """bool (B, 1, rows, columns): real columns up to the row's own, and that in any case."""
+    before, own = columns < rows[:, None], columns == rows[:, None]
+    return (before & real[:, None, None, :]) | own
+
+
+def uncached(mask: Tensor | None, length: int, device: torch.device, heads: Heads) -> Step:
+    """The step of tokens that have no past and leave nothing behind."""
+    positions = first_positions(mask, length, device)
+    allowed = among_themselves(mask, length)
+    return Step(rotary_table(positions, *heads), allowed, allowed is None)
+
+
+class KVCache:
+    """What both kinds of cache share; use `DynamicCache` or `StaticCache`.
+
+    length: columns so far, padding included. expert_mask: None, or the requests' (B, E) bool.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.expert_mask: Tensor | None = None
+        self._requests: tuple[int, int] | None = None  # B, E
+
+    @property
+    def key(self) -> tuple[str, ...] | None:
+        """A request's allowed experts as "1101", one text a request; None before the first forward.
+
+        Two requests share a prefix's keys and values only if their tokens and these are equal.
+        Waits for the device.
+        """
+        if self._requests is None:
+            return None
+        batch, experts = self._requests
+        if self.expert_mask is None:
+            return ("1" * experts,) * batch
+        return tuple("".join("01"[one] for one in row) for row in self.expert_mask.tolist())
+
+    def bind(self, expert_mask: Tensor | None, batch: int, num_experts: int) -> Tensor | None:
+        """The requests' mask (B, E), or None for all experts: set by the first forward.
+
+        A mask given again must be equal, which waits for the device; None means the one there is.
+        """
+        if self._requests is not None and self._requests[0] != batch:
+            raise ValueError(
+                f"input_ids: got {batch} rows; accepted: {self._requests[0]}, as the cache holds"
+            )
+        if expert_mask is not None:
+            if expert_mask.dim() == 3:
+                raise ValueError(
+                    f"expert_mask: got shape {tuple(expert_mask.shape)} with a cache; accepted: "
+                    f"({num_experts},) or ({batch}, {num_experts}), fixed for a request's life"
+                )
+            expert_mask = expert_mask.expand(batch, num_experts)
+        if self._requests is None:
+            self._requests = (batch, num_experts)
+            # A copy: what the caller writes into theirs later must not change it.
+            self.expert_mask = None if expert_mask is None else expert_mask.clone()
+        elif expert_mask is not None:
+            mine = self.expert_mask
+            same = expert_mask.all() if mine is None else (expert_mask == mine).all()
+            if not bool(same):
+                raise ValueError(
+                    "expert_mask: got another than the one that this cache began with; accepted: "
+                    "the same, or None: a request's mask is fixed for its life"
+                )
+        return self.expert_mask
+
+    def place(self, layer: int) -> Place | None:
+        """Where a layer's new keys and values are written to; None: they are given to `update`."""
+        return None
+
+    def reset(self) -> None:
+        """Empty the cache for other requests."""
+        self.length, self.expert_mask, self._requests = 0, None, None
+
+
+class DynamicCache(KVCache):
+    """Keys and values that grow by concatenation: any length, and no memory before its tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reset()
+
+    def reset(self) -> None:
+        super().reset()
+        self._layers: list[tuple[Tensor, Tensor]] = []
+        self._real: Tensor | None = None  # (B, length); None: no padding so far
+        self._position: Tensor | None = None  # (B, 1) or (1, 1), of the next token
+
+    def begin(self, mask: Tensor | None, batch: int, length: int, device, heads: Heads) -> Step:
+        """The step of `length` more tokens of each request; `mask` (B, S) is 0 at padding."""
+        past, self.length = self.length, self.length + length
+        before = self._position
+        if before is None:
+            before = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        positions = before + first_positions(mask, length, device)
+        count = length if mask is None else mask.to(torch.int64).sum(1, keepdim=True)
+        self._position = before + count
+        if mask is not None or self._real is not None:
+            ones = torch.ones(batch, self.length, dtype=torch.bool, device=device)
+            old = ones[:, :past] if self._real is None else self._real
+            new = ones[:, past:] if mask is None else mask.to(torch.bool)
+            self._real = torch.cat([old, new], 1)
+        if self._real is not None or (past and length > 1):
+            columns = torch.arange(self.length, device=device)
+            real = torch.ones_like(columns, dtype=torch.bool)[None]
+            real = real if self._real is None else self._real
+            allowed = _visible(real, columns[past:], columns)
+        else:
+            allowed = None
+        return Step(rotary_table(positions, *heads), allowed, allowed is None and not past)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add a layer's new keys and values (B, H, S, d); return those to attend to."""
+        if layer == len(self._layers):
+            self._layers.append((k, v))
+        else:
+            old_k, old_v = self._layers[layer]
+            self._layers[layer] = (torch.cat([old_k, k], 2), torch.cat([old_v, v], 2))
+        return self._layers[layer]
+
+
+class StaticCache(KVCache):
+    """Preallocated keys and values, written in place at an index that is kept on the device.
+
+    A forward of one token a request launches the same kernels on the same memory at any length, so
+    a CUDA graph can hold it; replays must be told to the host by `advance`. For inference: no
+    gradient flows into it.
+
+    Args:
+        config: the model's. batch: requests. max_length: columns, prompt and padding included; the
+            next multiple of 16 is allocated: 2 * layers * batch * max_length * key-value width
+            entries.
+        device, dtype: the model's.
+    """
+
+    def __init__(
+        self,
+        config: FlexMoREConfig,
+        batch: int,
+        max_length: int,
+        *,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.batch = check_int("batch", batch, 1)
+        self.max_length = check_int("max_length", max_length, 1)
+        columns = -(-self.max_length // COLUMNS_MULTIPLE) * COLUMNS_MULTIPLE
+        shape = (batch, config.num_key_value_heads, columns, config.head_dim)
+        # Zeros: a column that is not yet written has weight 0, and 0 times NaN would be NaN.
+        self.keys, self.values = (
+            [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
+            for layers in (config.num_hidden_layers,) * 2
+        )
+        self.columns = torch.arange(columns, device=self.keys[0].device)
+        heads = (config.head_dim, config.rope_theta, self.keys[0].dtype)
+        self.rotary = rotary_table(self.columns, *heads)
+        self.real = torch.zeros(batch, columns, dtype=torch.bool, device=self.columns.device)
+        self.next = torch.zeros(1, dtype=torch.int64, device=self.columns.device)  # column
+        self.position = torch.zeros(batch, 1, dtype=torch.int64, device=self.columns.device)
+        self._now = self.next  # columns of the step under way
+
+    def reset(self) -> None:
+        super().reset()
+        for state in (self.real, self.next, self.position):
+            state.zero_()
+
+    def advance(self, length: int) -> None:
+        """Count columns that were written without the host, by a replayed graph."""
+        if self.length + length > self.max_length:
+            raise ValueError(
+                f"cache: got {self.length + length} columns; accepted: max_length, "
+                f"{self.max_length}"
+            )
+        self.length += length
+
+    def begin(self, mask: Tensor | None, batch: int, length: int, device, heads: Heads) -> Step:
+        """The step of `length` more tokens of each request; `mask` (B, S) is 0 at padding."""
+        if batch != self.batch:
+            raise ValueError(f"input_ids: got {batch} rows; accepted: the cache's, {self.batch}")
+        past = self.length
+        self.advance(length)
+        self._now = self.next + self.columns[:length]
+        if mask is None:
+            self.real.index_fill_(1, self._now, True)
+            positions = self.position + self.columns[:length]
+            self.position += length
+        else:
+            real = mask.to(torch.bool)
+            self.real.index_copy_(1, self._now, real)
+            positions = self.position + first_positions(real, length, device)
+            self.position += real.sum(1, keepdim=True)
+        self.next += length
+        filled = None
+        if past == 0:
+            allowed = among_themselves(mask, length)
+        elif length == 1 and mask is None:
+            allowed, filled = self.real[:, None, None, :], Filled(self.real, self.next)
+        else:
+            allowed = _visible(self.real, self._now, self.columns)
+        cos, sin = self.rotary
+        return Step((cos[positions], sin[positions]), allowed, allowed is None, filled)
+
+    def place(self, layer: int) -> Place:
+        return Place(self.keys[layer], self.values[layer], self._now)
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a layer's keys and values, which are written, those to attend to."""
+        if self.length > self._now.shape[0]:
+            return keys, values
+        # All that there is came now: attend to it causally, not to the empty columns.
+        return keys[:, :, : self.length], values[:, :, : self.length]
