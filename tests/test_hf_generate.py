@@ -6,11 +6,15 @@ one by one; a mask is kept for the life of its cache; continuous batching (`tran
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
-from flexmore_kernels import testing
-from tests.hf_models import RAGGED, make, make_stock, some_ids
+import reference
+import reference.generation
+from flexmore_kernels import FlexMoREForCausalLM, testing
+from tests.hf_models import RAGGED, make, make_stock, plain, some_ids
 
 transformers = pytest.importorskip("transformers", minversion="5.17")
 hf = pytest.importorskip("flexmore_kernels.hf")
@@ -18,13 +22,37 @@ hf = pytest.importorskip("flexmore_kernels.hf")
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 
 
-def test_tokens_are_flexolmos(tmp_path):
+def test_four_models_give_the_same_tokens(tmp_path):
+    """Transformers' FlexOlmo, ours in transformers, the bare decoder and the plain reference: with
+    every cache, in a left-padded batch and one by one."""
     stock = make_stock()
     stock.save_pretrained(tmp_path)
-    own = hf.FlexMoREForCausalLM.from_pretrained(tmp_path)
-    ids = some_ids()
-    wanted = stock.generate(ids, **GREEDY)
-    assert own.generate(ids, **GREEDY).equal(wanted)
+    model = hf.FlexMoREForCausalLM.from_pretrained(tmp_path)
+    twin, ids = plain(model, torch.float32), some_ids()
+    bare = FlexMoREForCausalLM(twin.config)
+    bare.load_state_dict(model.state_dict())
+    short = ids[1:, 3:]
+    batch = torch.cat([ids[:1], torch.nn.functional.pad(short, (3, 0))])
+    padding = (torch.arange(7) >= torch.tensor([[0], [3]])).long()
+    prompts = [(batch, padding), (ids[:1], None), (short, None)]
+    new = {"max_new_tokens": 5, "eos_token_id": (), "pad_token_id": 0}
+
+    def all_of(generate):
+        return [generate(x, attention_mask=mask)[:, x.shape[1] :] for x, mask in prompts]
+
+    theirs = [{}, {"cache_implementation": "static"}, {"use_cache": False}]
+    found = [
+        all_of(functools.partial(each.generate, **GREEDY, **options))
+        for each in (stock, model)
+        for options in theirs
+    ]
+    for cache in ("dynamic", "static"):
+        found.append(all_of(functools.partial(bare.generate, cache=cache, **new)))
+    plainly = functools.partial(reference.generation.generate, twin, max_new_tokens=5)
+    found.append(all_of(plainly))
+    for tokens in found:
+        assert all(a.equal(b) for a, b in zip(tokens, found[0], strict=True))
+    assert found[0][0].equal(torch.cat(found[0][1:]))
 
 
 def test_tokens_with_any_cache_and_left_padded():

@@ -13,7 +13,7 @@ import torch
 
 from flexmore_kernels import testing
 from flexmore_kernels.conversion.svd import decompose
-from tests.hf_models import RANKS, make, make_stock, some_ids
+from tests.hf_models import RAGGED, RANKS, make, make_stock, some_ids
 
 transformers = pytest.importorskip("transformers", minversion="5.17")
 hf = pytest.importorskip("flexmore_kernels.hf")
@@ -63,6 +63,16 @@ def test_a_lower_rank_drops_the_smallest_singular_values(method):
             rounding = 2.0**-23 * RANKS[expert] ** 0.5 * delta.norm()
             bound = decompose(delta, rank=RANKS[expert], method=method).bound
             assert dropped - rounding <= left <= dropped + bound + rounding
+
+
+def test_given_factors_of_a_ragged_directory(tmp_path):
+    model = make(RAGGED)
+    model.save_pretrained(tmp_path)
+    found = hf.swap_experts(make_stock(), weights=tmp_path)
+    assert found.config.layer_expert_ranks == RAGGED
+    for name, tensor in found.state_dict().items():
+        if ".mlp." in name:
+            testing.assert_same(tensor, model.state_dict()[name], name)
 
 
 def test_given_factors_by_name_and_by_directory(tmp_path):
