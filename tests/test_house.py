@@ -67,6 +67,7 @@ PLAN = (
         "demo",
         "environment",
         "explain",
+        "hf",
         "verification",
     ),
     ("adapter_import",),
