@@ -9,9 +9,32 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .commands import FAILED, bench, demo, env, inspect
+from .commands import (
+    FAILED,
+    activations,
+    bench,
+    convert,
+    demo,
+    densify,
+    drop,
+    env,
+    export_adapter,
+    generate,
+    import_adapters,
+    inspect,
+    merge,
+    plan,
+    split,
+    sweep,
+    verify,
+)
 
-COMMANDS = (demo, bench, inspect, env)
+COMMANDS = (
+    demo, generate, inspect, verify,
+    convert, sweep, activations,
+    merge, split, drop, densify, import_adapters, export_adapter,
+    plan, bench, env,
+)  # fmt: skip
 MISUSED = 2
 
 
@@ -57,7 +80,7 @@ def _failure(error: RuntimeError) -> str | None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="flexmore", description="Kernels for FlexMoRE: run, check, inspect."
+        prog="flexmore", description="Kernels for FlexMoRE: convert, run, check."
     )
     added = parser.add_subparsers(dest="command", required=True, metavar="command")
     for command in COMMANDS:
