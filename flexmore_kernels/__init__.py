@@ -1,5 +1,8 @@
 """flexmore_kernels: FlexMoRE layers at hardly more than the price of one dense FFN."""
 
+import importlib
+from typing import Any
+
 from . import flops, ops
 from .checks import validation
 from .counters import RouterStatistics
@@ -23,3 +26,10 @@ __all__ = [
     "ops",
     "validation",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`hf`, imported when it is first asked for: it needs transformers."""
+    if name == "hf":
+        return importlib.import_module(f"{__name__}.hf")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
