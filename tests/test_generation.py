@@ -6,6 +6,8 @@ experts excluded for one request alone, sampling's cuts, the order of streamed t
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -219,6 +221,7 @@ REFUSED = [
     ({"expert_mask": torch.ones(1, 3, 4).bool()}, r"expert_mask: got shape \(1, 3, 4\)"),
     ({"expert_mask": torch.ones(2, 4).bool()}, r"expert_mask: got shape \(2, 4\)"),
     ({"expert_mask": torch.ones(4)}, "expert_mask: got dtype float32"),
+    ({"generator": SimpleNamespace(device=torch.device("cuda"))}, "generator: got one on cuda"),
     ({"cache": "paged"}, "cache: got 'paged'"),
     ({"cuda_graph": True}, "cuda_graph: got True on cpu with a dynamic cache"),
     ({"cuda_graph": 1}, "cuda_graph: got 1"),

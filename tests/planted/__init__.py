@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from .around_kernels import BUGS as _around_kernels
 from .bug import Bug
+from .decoding import BUGS as _decoding
 from .gpu import BUGS as _gpu
 from .library import BUGS as _library
 from .own_rows import BUGS as _own_rows
@@ -17,4 +18,6 @@ from .triton_kernels import BUGS as _triton_kernels
 
 __all__ = ["BUGS", "Bug"]
 
-BUGS: tuple[Bug, ...] = (*_triton_kernels, *_own_rows, *_around_kernels, *_library, *_gpu)
+BUGS: tuple[Bug, ...] = (
+    *_triton_kernels, *_own_rows, *_around_kernels, *_decoding, *_library, *_gpu
+)  # fmt: skip
