@@ -76,7 +76,7 @@ class DecodeStep:
         if self.generator is not None and self.sampling.temperature:
             graph.register_generator_state(self.generator)
         length = self.cache.length
-        with torch.cuda.graph(graph):
+        with torch.cuda.device(self._stream.device), torch.cuda.graph(graph):
             self._run()
         self.cache.length = length  # what is captured has not run
         self._graph = graph

@@ -35,10 +35,10 @@ class Attention(nn.Module):
 
     def __init__(self, config: FlexMoREConfig, layer: int, **kind) -> None:
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.layer = layer
         D, eps = config.hidden_size, config.rms_norm_eps
-        width = config.num_attention_heads * self.head_dim
-        groups = config.num_key_value_heads * self.head_dim
+        width = config.num_attention_heads * config.head_dim
+        groups = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(D, width, bias=False, **kind)
         self.k_proj = nn.Linear(D, groups, bias=False, **kind)
         self.v_proj = nn.Linear(D, groups, bias=False, **kind)
@@ -76,9 +76,8 @@ class Block(nn.Module):
             expert_bias=config.expert_bias,
             **kind,
         )
-        self.statistics: RouterStatistics | None = (
-            None  # what `FlexMoREForCausalLM.counting` adds to
-        )
+        # What `FlexMoREForCausalLM.counting` adds to.
+        self.statistics: RouterStatistics | None = None
         self.post_attention_layernorm = RMSNorm(D, eps, **kind)
         self.post_feedforward_layernorm = RMSNorm(D, eps, **kind)
 

@@ -75,6 +75,10 @@ def generate(
     how = Sampling(temperature, top_k, top_p).checked()
     stops, pad = _ends(model.config, eos_token_id, pad_token_id)
     attention_mask = _left_padded(input_ids, attention_mask)
+    if generator is not None and generator.device.type != input_ids.device.type:
+        raise ValueError(
+            f"generator: got one on {generator.device}; accepted: one on {input_ids.device}"
+        )
     if expert_mask is not None and expert_mask.dim() == 3:
         raise ValueError(
             f"expert_mask: got shape {tuple(expert_mask.shape)}; accepted: "

@@ -17,6 +17,7 @@ from .generation import generate
 from .kv_cache import KVCache
 from .layer import FlexMoRE
 from .model_config import FlexMoREConfig
+from .preparation import Prepared
 
 
 class FlexMoREForCausalLM(nn.Module):
@@ -113,6 +114,10 @@ class FlexMoREForCausalLM(nn.Module):
         finally:
             for block in blocks:
                 block.statistics = None
+
+    def prepare(self, merge: Any = "auto") -> list[Prepared]:
+        """Prepare every layer for serving: see `FlexMoRE.prepare`; what was copied, one a layer."""
+        return [block.mlp.prepare(merge) for block in self.model.layers]
 
     def generate(self, input_ids: Tensor, **options) -> Tensor:
         """Continue prompts by the model's own tokens: see `generation.generate`."""

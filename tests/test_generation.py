@@ -6,6 +6,8 @@ experts excluded for one request alone, sampling's cuts, the order of streamed t
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -219,6 +221,7 @@ REFUSED = [
     ({"expert_mask": torch.ones(1, 3, 4).bool()}, r"expert_mask: got shape \(1, 3, 4\)"),
     ({"expert_mask": torch.ones(2, 4).bool()}, r"expert_mask: got shape \(2, 4\)"),
     ({"expert_mask": torch.ones(4)}, "expert_mask: got dtype float32"),
+    ({"generator": SimpleNamespace(device=torch.device("cuda"))}, "generator: got one on cuda"),
     ({"cache": "paged"}, "cache: got 'paged'"),
     ({"cuda_graph": True}, "cuda_graph: got True on cpu with a dynamic cache"),
     ({"cuda_graph": 1}, "cuda_graph: got 1"),
@@ -230,46 +233,6 @@ def test_generate_refuses(change, message):
     ids = torch.randint(61, (1, 3))
     with pytest.raises((ValueError, TypeError), match=f"^{message}"):
         make().generate(ids, **({"max_new_tokens": 2} | change))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_a_graphs_tokens_are_the_steps(dtype):
-    """Greedy, sampled, with experts of their own and with ends: captured or not, the same bits."""
-    model = make("cuda", dtype, hidden_size=64, intermediate_size=128, expert_ranks=[0, 3, 8, 5])
-    ids, mask = prompts("cuda")
-    experts = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 1, 1]], device="cuda").bool()
-    base = {"attention_mask": mask, "max_new_tokens": 24, "expert_mask": experts}
-    greedy = model.generate(ids, cuda_graph=False, **base)
-    for change in ({}, {"eos_token_id": int(greedy[0, 15])}, {"temperature": 1.0, "top_p": 0.9}):
-        runs = []
-        for graph in (False, True):
-            generator = torch.Generator("cuda").manual_seed(5)
-            options = base | change | {"generator": generator, "cuda_graph": graph}
-            with model.counting() as counted:
-                runs.append(model.generate(ids, **options))
-            assert counted[0].tokens > 0
-        testing.assert_same(*runs)
-
-
-@pytest.mark.gpu
-def test_decoding_waits_for_old_tokens_only():
-    model = make("cuda", torch.bfloat16)
-    ids, _ = prompts("cuda")
-    cache = StaticCache(model.config, 3, 32, device="cuda", dtype=torch.bfloat16)
-    with torch.no_grad():
-        logits = model(ids, cache=cache, logits_to_keep=1)
-        step = generation.DecodeStep(model, cache, Sampling(), [1], 0, cuda_graph=True)
-        step.take(logits)
-        step()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        for _ in range(5):
-            step()
-    assert cache.length == 14 == int(cache.next)
 
 
 def test_caches_are_what_generate_makes():

@@ -143,3 +143,16 @@ def test_gradients_go_through_a_dynamic_cache_and_not_into_a_static_one():
     testing.assert_accurate(parts, whole)
     with pytest.raises(ValueError, match="^cache: got a StaticCache with gradients"):
         model(ids, cache=new_cache("static", model))
+
+
+def test_one_token_at_a_time_by_every_kernel(kernels):
+    model, ids = make(), torch.randint(40, (B, S))
+    experts = EXPERTS | torch.tensor([True, False, False, False])
+    expected = model(ids, PADDED, expert_mask=experts)
+    real = PADDED.bool()
+    found = in_pieces(model, new_cache("static", model), ids, (7, 2), PADDED, experts)
+    testing.assert_accurate(found[real], expected[real])
+    whole = model(ids, expert_mask=experts)
+    cache = new_cache("static", model)
+    testing.assert_accurate(in_pieces(model, cache, ids, (7, 1, 1), None, experts), whole)
+    testing.assert_accurate(in_pieces(model, DynamicCache(), ids, (7, 1, 1), None, experts), whole)

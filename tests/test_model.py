@@ -290,3 +290,11 @@ def test_model_is_hugging_faces_flexolmo():
     ids = torch.randint(50, (2, 9))
     with torch.no_grad():
         torch.testing.assert_close(model(ids), theirs(ids).logits)
+
+
+def test_model_is_prepared_layer_by_layer():
+    model = make(torch.float64).requires_grad_(False)
+    ids = torch.randint(50, (2, 7))
+    logits = model(ids)
+    assert [done.merged for done in model.prepare([1])] == [(1,), (1,)]
+    testing.assert_accurate(model(ids), logits)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from .around_kernels import BUGS as _around_kernels
 from .bug import Bug
 from .checkpoints import BUGS as _checkpoints
+from .decoding import BUGS as _decoding
 from .gpu import BUGS as _gpu
 from .library import BUGS as _library
 from .own_rows import BUGS as _own_rows
@@ -19,5 +20,5 @@ from .triton_kernels import BUGS as _triton_kernels
 __all__ = ["BUGS", "Bug"]
 
 BUGS: tuple[Bug, ...] = (
-    *_triton_kernels, *_own_rows, *_around_kernels, *_checkpoints, *_library, *_gpu,
+    *_triton_kernels, *_own_rows, *_around_kernels, *_checkpoints, *_decoding, *_library, *_gpu,
 )  # fmt: skip

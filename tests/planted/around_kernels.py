@@ -9,7 +9,7 @@ ROUTING = "flexmore_kernels/ops/routing.py"
 LAYER = "flexmore_kernels/layer.py"
 PREPARATION = "flexmore_kernels/preparation.py"
 ATEN = "flexmore_kernels/_aten/experts.py"
-MODEL = "flexmore_kernels/model.py"
+DECODER = "flexmore_kernels/decoder.py"
 
 BUGS = (
     # Gradients, and which are wanted
@@ -193,23 +193,23 @@ BUGS = (
     Bug(
         "the norm before the attention",
         "As in most models, but OLMo-2 and FlexOlmo have it after.",
-        MODEL,
-        "        h = h + self.post_attention_layernorm(self.self_attn(h, rotary, mask))\n",
-        "        h = h + self.self_attn(self.post_attention_layernorm(h), rotary, mask)\n",
+        DECODER,
+        "        h = self.post_attention_layernorm(self.self_attn(h, step, cache), h)\n",
+        "        h = h + self.self_attn(self.post_attention_layernorm(h), step, cache)\n",
         "tests/test_model.py",
     ),
     Bug(
         "no causal mask where there is no padding",
         "The padding's mask holds the causal one; without padding nobody passes either.",
-        MODEL,
-        "is_causal=mask is None, ",
+        "flexmore_kernels/ops/attention.py",
+        "is_causal=causal, ",
         "",
         "tests/test_model.py",
     ),
     Bug(
         "the model renormalises no weights",
         "An option that every published config leaves at its default is lost on the way.",
-        MODEL,
+        DECODER,
         "            norm_topk_prob=config.norm_topk_prob,\n",
         "",
         "tests/test_model.py",
