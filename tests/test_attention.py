@@ -100,6 +100,8 @@ def test_rotated_heads(each, shape, dtype, device, kernels):
 )
 def test_one_token_against_a_cache(shape, end, dtype, device, kernels):
     skip(kernels, device, dtype)
+    if (device, kernels, dtype) == ("cuda", "triton", torch.float32):
+        pytest.skip("torch's attention serves it")
     B, _, H, kv, d = SHAPES[shape]
     columns = 160
     real = torch.zeros(B, columns, dtype=torch.bool, device=device)
