@@ -9,9 +9,10 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 demo: build
 	.venv/bin/flexmore demo $(ARGS)
 
+# A process a core, of one thread each.
 test: build
-	$(RUN) -m pytest
-	TRITON_INTERPRET=1 $(RUN) -m pytest -m triton
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN) -m pytest -n auto --maxprocesses 8 -m triton
 
 test-gpu:
 	bash benchmarks/gpu.sh build/gpu
@@ -60,7 +61,8 @@ build: .venv/built
 	    $(RUN) -m pip uninstall -q -y setuptools; \
 	else $(RUN) -m pip install torch==2.13.0; fi
 	$(RUN) -m pip install 'setuptools>=77' cmake ninja 'pybind11>=3' numpy safetensors \
-	    'pytest>=8' 'pytest-benchmark>=5' 'hypothesis>=6' 'triton>=3.6'
+	    'pytest>=8' 'pytest-benchmark>=5' 'pytest-xdist>=3' 'hypothesis>=6' 'triton>=3.6' \
+	    'transformers>=5.17' accelerate peft tokenizers
 	touch $@
 
 clean:
