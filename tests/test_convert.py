@@ -162,37 +162,6 @@ def test_budget_is_kept_and_spent(source, tmp_path, rule):
     assert smaller > 3
 
 
-def test_truncated_experts_are_recovered(tmp_path):
-    """Experts of rank 3 that were written back dense in bfloat16: their noise is no rank."""
-    sizes = SIZES | {"hidden_size": 48, "intermediate_size": 64, "num_layers": 1}
-    checkpoint.make_demo_checkpoint(
-        tmp_path / "low", expert_ranks=(0, 3, 0, 0), dtype=torch.bfloat16, **sizes
-    )
-    layout = read_layout(tmp_path / "low")
-    tensors = checkpoint.read_tensors(layout)
-    for key in (k for k in all_keys(layout) if k.expert == 1):
-        base = tensors[f"model.layers.0.mlp.experts.0.{key.projection}_proj.weight"]
-        dense = (base.double() + delta(tensors, key)).bfloat16()
-        tensors[f"{key.name}.weight"] = dense
-        for side in "ab":
-            del tensors[f"{key.name}_{side}.weight"]
-        # And one that is the public expert but for a last bit here and there: no rank at all.
-        moved = base + (torch.rand(base.shape) < 0.03) * base.abs() * 2.0**-8
-        tensors[f"{key.name}.weight".replace("experts.1.", "experts.3.")] = moved.bfloat16()
-    config = layout.config | {"expert_ranks": [0, 0, 0, 0]}
-    checkpoint.save_checkpoint(tmp_path / "dense", tensors, config)
-    for rule in ("numerical", "energy:1"):
-        report = convert_checkpoint(tmp_path / "dense", tmp_path / rule[:6], rule)
-        assert [m.rank for m in report.select(expert=1)] == [3] * 3
-        assert [m.numerical_rank for m in report.select(expert=1)] == [3] * 3
-        assert [m.rank for m in report.select(expert=2)] == ["full"] * 3
-        assert [m.numerical_rank for m in report.select(expert=3)] == [0] * 3
-        assert report.relative_error(expert=1) < 0.05
-    # A fixed rank is obeyed, noise or not.
-    report = convert_checkpoint(tmp_path / "dense", tmp_path / "fixed", 7)
-    assert {m.rank for m in report.matrices} == {7}
-
-
 def test_expert_that_is_the_base_costs_nothing(source, tmp_path):
     layout = read_layout(source)
     tensors = checkpoint.read_tensors(layout)

@@ -11,12 +11,14 @@ Throughout, s are the singular values of one matrix's difference to the public e
                    from the largest of its matrices
     v02v02         each matrix's rank of v02, before that, x its projection's weight x its layer's
     v06            v02v02 x its similarity weight
-    params:2e9, bytes:4GiB    the least error that the budget allows: `budget.spend`
+    params:2e9, bytes:4GiB    the least error that the budget allows: `budget.spend`; of a
+                   matrix that was truncated and stored dense, its rounding is no error
 
 The rules by entropy and the weights are those of the FlexMoRE authors' follow-up (AnnemetteBP/
 FlexMoRE); p is of s there, not of s^2. A fixed rank is obeyed as given. Every other rule gives
 "full" to a matrix whose factors would cost as much as itself, r (D + F) >= D F, and at least 1 to
-each of the others.
+each of the others. A conversion keeps what it has of a matrix for which the rule says "full", be it
+factors; but a budget has these cut to what it pays for.
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ KINDS = ("fixed", "energy", "naive", "v01", "v02", "v02v02", "v06", "params", "b
 PROJECTION_WEIGHTS = {"gate": 1.25, "up": 1.10, "down": 1.00}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+_SLACK = 1 - 2.0**-40
+"""Before a number is rounded up: 110 * 0.9 is 99, though its float is a little more."""
 _FORMS = (
     "RANK, fixed:RANK, fixed:RANK,RANK,.. (one for each expert from 1), energy:SHARE, naive, v01, "
     "v02[:THRESHOLD], v02v02[:THRESHOLD], v06[:THRESHOLD], params:NUMBER, bytes:NUMBER[MB|GiB|..]"
@@ -66,6 +70,13 @@ class Rule:
     def needs_all(self) -> bool:
         """Whether one matrix's rank depends on others': then `ranks` wants all of them at once."""
         return self.kind in ("v02", "v06", "params", "bytes")
+
+    @property
+    def minds_rounding(self) -> bool:
+        """Whether `ranks` wants zeros for singular values that are rounding of stored weights: a
+        budget buys nothing with them, and the others are rules of all singular values.
+        """
+        return self.kind in ("params", "bytes")
 
     @property
     def needs_features(self) -> bool:
@@ -113,7 +124,8 @@ class Rule:
             weight = _similarity_weights(features, spectra) if self.kind == "v06" else {}
             for key, rank in raw.items():
                 scale = PROJECTION_WEIGHTS[key[2]] * layer_weight(key[0], count)
-                raw[key] = math.ceil(rank * scale * weight.get(key, 1.0))
+                wanted = rank * scale * weight.get(key, 1.0)
+                raw[key] = math.ceil(wanted * _SLACK)
         D, F = sizes
         return {k: "full" if r * (D + F) >= D * F else max(1, r) for k, r in raw.items()}
 
@@ -175,8 +187,8 @@ def entropy_rank(s: Tensor) -> int:
         return 1
     p = s / s.sum()
     entropy = float(-(p * p.log()).sum())
-    # Rounding must not make 65 of exp(ln 64): one part in 2^40 is the rule's own slack.
-    return min(len(s), max(1, math.ceil(math.exp(entropy) * (1 - 2.0**-40))))
+    # Rounding must not make 65 of exp(ln 64).
+    return min(len(s), max(1, math.ceil(math.exp(entropy) * _SLACK)))
 
 
 def energy_rank(s: Tensor, share: float) -> int:

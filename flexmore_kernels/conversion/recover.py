@@ -24,6 +24,7 @@ class Recover:
     needs_spectra: bool = True
     needs_all: bool = False
     needs_features: bool = False
+    minds_rounding: bool = True
 
     def ranks(
         self, spectra: Mapping[Key, Tensor], sizes: tuple[int, int], **_: Any

@@ -29,13 +29,27 @@ Moments = Callable[[Key], Tensor | None]
 
 @dataclass(frozen=True)
 class Spectrum:
-    """s: (min(out, in),) float64 on the CPU, descending, zero from `numerical_rank` on if there is
-    one. features: what `rank_rules.similarity` says, if it was asked for.
+    """s: (min(out, in),) float64 on the CPU, descending. numerical_rank: of a matrix stored dense,
+    where it shows one. features: what `rank_rules.similarity` says, if it was asked for.
     """
 
     s: Tensor
     numerical_rank: int | None = None
     features: tuple[float, float] | None = None
+
+    @property
+    def signal(self) -> Tensor:
+        """s with zeros from the numerical rank on: what is beyond it is rounding of the stored
+        weights, for which nothing is to be spent.
+
+        Rank 0 cuts nothing: a difference that is all below its own rounding, without a gap that
+        would show a truncation, may as well be what little a training has moved.
+        """
+        if not self.numerical_rank:
+            return self.s
+        signal = self.s.clone()
+        signal[self.numerical_rank :] = 0.0
+        return signal
 
 
 def spectrum_of(
@@ -43,22 +57,21 @@ def spectrum_of(
 ) -> Spectrum:
     """The spectrum of a delta; s: its singular values, where they are known already.
 
-    What a low-rank matrix has beyond its rank is rounding, of the weights of a truncated one that
-    was stored dense or of our own products: no rule is to see it.
+    What the product of a pair of factors has beyond their rank is rounding of our own, and zero
+    here.
     """
     moment = moments(key)
     found = singular_values(delta, moment) if s is None else s
     have = stored_rank(source.layout, key)
-    rank = have
+    rank = None
     if have == "full":
         dtype, base = source.dtype(key), source.base(key)
-        rank = None
         if moment is not None or _may_be_truncated(found, base + delta, dtype):
             rank = numerical_rank(delta, dtype, base)
     found = found.cpu().clone()
-    if rank is not None:
-        found[rank:] = 0.0
-    return Spectrum(found, rank if have == "full" else None)
+    if isinstance(have, int):
+        found[have:] = 0.0
+    return Spectrum(found, rank)
 
 
 def all_spectra(

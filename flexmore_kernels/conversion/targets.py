@@ -66,7 +66,7 @@ class Target:
         if self.compat:
             full = {key.expert for key, rank in self.ranks.items() if rank == "full"}
             self.ranks = {k: "full" if k.expert in full else r for k, r in self.ranks.items()}
-            self._check_budget()
+        self._check_budget()
 
     def rank_of(self, key: Key, spectrum: Spectrum | None) -> Rank:
         """The rank of one matrix; its spectrum is needed where `ranks` are not known before."""
@@ -137,7 +137,7 @@ class Target:
     def _by_rule(self, spectra: Mapping[Key, Spectrum]) -> dict[Key, Rank]:
         rest = size_of(self.layout, self.dtype, rest=True)
         return self.rule.ranks(
-            {key: spectrum.s for key, spectrum in spectra.items()},
+            {k: s.signal if self.rule.minds_rounding else s.s for k, s in spectra.items()},
             sizes_of(self.layout),
             layers=len(self.layout.layer_ranks),
             other=rest.bytes if self.rule.kind == "bytes" else rest.parameters,
@@ -149,13 +149,16 @@ class Target:
         have = stored_rank(self.layout, key)
         if isinstance(have, str):
             return rank
+        if isinstance(rank, str) and self.rule.kind in ("params", "bytes"):
+            D, F = sizes_of(self.layout)
+            return min(have, max(1, (D * F - 1) // (D + F)))  # what full-size would have paid for
         return have if isinstance(rank, str) else min(rank, have)
 
     def _itemsize(self) -> int:
         if self.dtype is not None:
             return self.dtype.itemsize
-        base = self.layout.parts[f"{mlp_prefix(0)}experts.0.gate_proj.weight"]
-        return FLOAT_BYTES[base.stored.dtype]
+        parts = self.layout.parts.items()
+        return max(FLOAT_BYTES[part.stored.dtype] for name, part in parts if ".experts." in name)
 
     def _padded(self) -> list[int]:
         """The one rank of each expert, 0 for a full-size one, and at least 1 of the others."""
@@ -165,22 +168,25 @@ class Target:
         return ranks
 
     def _check_budget(self) -> None:
-        """Padding costs, and a budget counts what is stored."""
+        """A budget counts what is stored: the source's own factors, and padding, too."""
         if self.rule.kind not in ("params", "bytes"):
             return
         D, F = sizes_of(self.layout)
-        each = sum(3 * (rank * (D + F) if rank else D * F) for rank in self._padded()[1:])
-        parameters = each * len(self.layout.layer_ranks)
+        ranks: list[Rank] = list((self.ranks or {}).values())
+        if self.compat:
+            padded = [rank or "full" for rank in self._padded()[1:]]
+            ranks = padded * 3 * len(self.layout.layer_ranks)
+        parameters = sum(D * F if isinstance(rank, str) else rank * (D + F) for rank in ranks)
         rest = size_of(self.layout, self.dtype, rest=True)
         if self.rule.kind == "params":
             found = rest.parameters + parameters
         else:
             found = rest.bytes + parameters * self._itemsize()
         if found > self.rule.value:
+            padding = " when every expert is padded to its largest rank" if self.compat else ""
             raise ValueError(
-                f"rule: {self.rule.text} makes {found} {self.rule.kind} when every expert is padded"
-                " to its largest rank; accepted: no padding, or a rule of one rank an expert "
-                "(RANK, v02)"
+                f"rule: {self.rule.text} makes {found} {self.rule.kind}{padding}; accepted: no "
+                "padding, a larger budget, or a rule of one rank an expert (RANK, v02)"
             )
 
     def _entries(self, layer: int, tensors: Mapping[str, Tensor]) -> list:
