@@ -143,9 +143,9 @@ def config_for(
         layer_ranks = [padded_ranks(layer_ranks)] * len(layer_ranks)
     model_type = "flexmore" if kind == "flexmore" else "flex_olmo"
     found = {"architectures": None, **with_ranks(config, layer_ranks), "model_type": model_type}
+    found.pop("auto_map", None)  # names Python files, which are not copied
     if config.get("model_type", "flexmore") != model_type or not config.get("architectures"):
         found["architectures"] = [_ARCHITECTURES[model_type]]
-        found.pop("auto_map", None)
     if model_type == "flex_olmo":
         for name in (*RANK_KEYS, "scoring", "expert_bias"):
             found.pop(name, None)

@@ -185,7 +185,19 @@ class CheckpointWriter:
 
 
 def refuse_existing(directory: Path) -> None:
-    """ValueError unless a directory is new or empty."""
+    """ValueError unless a directory is new or empty, and one that a folder can be renamed to."""
+    kind = None
+    if directory.name in ("", "..") or directory.resolve() == Path.cwd():
+        kind = "the working directory, or has no name of its own"
+    elif os.path.islink(directory):
+        kind = "a symbolic link"
+    elif os.path.ismount(directory):
+        kind = "a mount point"
+    if kind is not None:
+        raise ValueError(
+            f"directory: {directory} is {kind}, which the finished folder cannot replace; accepted:"
+            " a new or an empty directory in it, or elsewhere"
+        )
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"directory: {directory} exists; accepted: a new or an empty directory")
 

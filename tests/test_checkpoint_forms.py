@@ -166,7 +166,7 @@ def test_config_changes_its_model_type():
     assert (back["model_type"], back["architectures"]) == ("flexmore", ["FlexMoREForCausalLM"])
     assert back["expert_ranks"] == [0, 3] and "auto_map" not in back
     kept = config_for(back | {"auto_map": {"AutoConfig": "x"}}, [(0, 3)] * 2)
-    assert kept["auto_map"] == {"AutoConfig": "x"}
+    assert "auto_map" not in kept  # a checkpoint is written without the Python files it names
 
 
 @pytest.mark.parametrize("kind", ["flex_olmo", "flex_olmo_fused"])

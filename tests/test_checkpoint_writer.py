@@ -215,3 +215,23 @@ def test_shared_memory_and_other_layouts_are_written(source, tmp_path):
     assert {name: stored.shape for name, stored in found.items()} == shapes
     for name, tensor in load_file(tmp_path / "x.safetensors").items():
         assert_same(tensor, views[name].contiguous(), name)
+
+
+def test_directory_that_no_folder_can_replace(source, tmp_path, monkeypatch):
+    """Refused before any work: the last rename would fail."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "dangling").symlink_to(tmp_path / "none")
+    (tmp_path / "inside").mkdir()
+    monkeypatch.chdir(tmp_path / "inside")
+    for out in ("link", "dangling", "inside", "inside/.."):
+        with pytest.raises(ValueError, match="directory: .*accepted"):
+            writer_of(source, tmp_path / out)
+    for out in (Path("."), Path(".."), Path("/")):
+        with pytest.raises(ValueError, match="directory: .*accepted"):
+            writer_of(source, out)
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "real")
+    with pytest.raises(ValueError, match="mount point"):
+        writer_of(source, tmp_path / "real")
+    assert {p.name for p in tmp_path.iterdir()} == {"real", "link", "dangling", "inside", "made"}
+    assert not list((tmp_path / "inside").iterdir())

@@ -13,6 +13,7 @@ import torch
 
 from flexmore_kernels import checkpoint
 from flexmore_kernels.checkpoint_layout import read_layout
+from flexmore_kernels.conversion.activations import Activations
 from flexmore_kernels.conversion.convert import convert_checkpoint
 from flexmore_kernels.conversion.matrices import all_keys
 
@@ -120,3 +121,28 @@ def test_budget_is_kept_where_the_source_has_factors(tmp_path, kind, compat):
         files = out.glob("*.safetensors")
         assert kind == "params" or sum(f.stat().st_size for f in files) > size
     assert tried == 10 and met >= (1 if compat else 4)
+
+
+def test_expert_that_no_token_chose_has_weights_like_the_others(tmp_path):
+    """Two equal experts, one never chosen: a budget and the ranks by energy treat them alike."""
+    checkpoint.make_demo_checkpoint(tmp_path / "made", expert_ranks=(0, 0, 0), **SIZES)
+    layout = read_layout(tmp_path / "made")
+    tensors = checkpoint.read_tensors(layout)
+    for name in [n for n in tensors if ".experts.2." in n]:
+        tensors[name] = tensors[name.replace(".experts.2.", ".experts.1.")].clone()
+    checkpoint.save_checkpoint(tmp_path / "source", tensors, layout.config)
+    wide = 1e-4 * (torch.rand(F) + 0.1)  # small, as real ones are: unweighted s would outweigh it
+    inputs, hidden = "layers.0.inputs", "layers.0.experts.{}.hidden"
+    means = {inputs: 1e-4 * torch.eye(D), hidden.format(1): wide, hidden.format(2): 0 * wide}
+    tokens = {inputs: 9, hidden.format(1): 9, hidden.format(2): 0}
+    Activations(means, tokens).save(tmp_path / "moments")
+    report = convert_checkpoint(
+        tmp_path / "source", tmp_path / "out", "params:4000", activations=tmp_path / "moments"
+    )
+    ranks = [[m.rank for m in report.select(expert=e, projection="down")] for e in (1, 2)]
+    # Equal to whole ranks: of equal gains the last one affordable is one expert's alone.
+    assert abs(ranks[0][0] - ranks[1][0]) <= 1
+    tokens[hidden.format(1)] = 0
+    Activations(means, tokens).save(tmp_path / "none")
+    with pytest.raises(ValueError, match="no token chose"):
+        convert_checkpoint(tmp_path / "source", tmp_path / "x", 4, activations=tmp_path / "none")

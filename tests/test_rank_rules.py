@@ -252,3 +252,10 @@ def test_bad_rules(text):
 def test_a_fixed_rank_beyond_the_sizes():
     with pytest.raises(ValueError, match="asks for rank 33; accepted: at most 32"):
         parse_rule("33").ranks({(0, 1, "up"): None}, (D, F))
+
+
+def test_rounding_does_not_raise_a_rank():
+    """110 x 0.90 is 99, and 1.10 x 0.90 a little more in float64."""
+    s = torch.ones(100, dtype=torch.float64)
+    found = parse_rule("v02v02").ranks({(0, 1, "up"): s}, (1000, 1000), layers=8)
+    assert found == {(0, 1, "up"): 99}

@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{out}: second moments of {tokens} tokens, {out.stat().st_size / 1e6:.1f} MB")
     for name, count in sorted(found.tokens.items()):
         if not count:
-            print(f"  note: no token for {name}; it will not be weighted")
+            print(f"  note: no token for {name}; the mean of its layer's others is taken")
     return 0
 
 

@@ -50,6 +50,23 @@ class Activations:
             raise ValueError(f"activations: no {name!r}; they are of another model")
         return self.means[name] if self.tokens[name] else None
 
+    def of_unseen(self, layer: int) -> Tensor:
+        """What stands for the inputs of down of an expert that no token chose: the diagonal (F,),
+        mean over the layer's experts that were chosen, over all layers' if it has none.
+
+        So its singular values compare with theirs; without weights they would be of another unit.
+        Raises ValueError where no token chose any expert beside the public one.
+        """
+        seen = [name for name in self.means if name.endswith(".hidden") and self.tokens[name]]
+        own = [name for name in seen if name.startswith(f"layers.{layer}.")]
+        if not seen:
+            raise ValueError(
+                "activations: no token chose an expert beside the public one; accepted: those of a "
+                "text for which experts are chosen"
+            )
+        means = [self.means[name] for name in own or seen]
+        return torch.stack([m.diagonal() if m.dim() == 2 else m for m in means]).mean(0)
+
     def check_model(self, sizes: tuple[int, int], layers: int, experts: int) -> None:
         """ValueError unless they are of a model of these sizes (D, F), layers and experts."""
         names = {_inputs_name(n): sizes[0] for n in range(layers)}

@@ -73,11 +73,14 @@ def _moments(layout: Layout, activations: Activations, device: torch.device) -> 
     experts = layout.config["num_experts"]
     activations.check_model(sizes_of(layout), len(layout.layer_ranks), experts)
     last: list[Tensor] = []
+    others: dict[int, Tensor] = {}
 
-    def moment(key: Key) -> Tensor | None:
+    def moment(key: Key) -> Tensor:
         found = activations.second_moment(*key)
         if found is None:
-            return None
+            if key.layer not in others:
+                others[key.layer] = activations.of_unseen(key.layer)
+            found = others[key.layer]
         if not last or last[0] is not found:
             last[:] = found, found.to(device)
         return last[1]
