@@ -211,7 +211,7 @@ def save_checkpoint(
     if compat and kind == "flexmore":
         tensors = pad_experts(tensors, padded_ranks(ranks))
     elif kind == "flex_olmo_fused":
-        tensors = fuse_experts(tensors, checked["num_experts"])
+        tensors = fuse_experts(dict(tensors), checked["num_experts"])
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:

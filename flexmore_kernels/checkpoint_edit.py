@@ -17,10 +17,15 @@ import torch
 from torch import Tensor
 
 from .checkpoint import read_tensors
+from .checkpoint_folders import refuse_existing, removed_if_bad
 from .checkpoint_forms import check_kind, config_for, fuse_experts, pad_experts, padded_ranks
 from .checkpoint_layout import Layout, mlp_prefix, read_layout
 from .checkpoint_shared import check_alike, check_equal, mean_tensors, shared_names
-from .checkpoint_writer import CheckpointWriter, copy_side_files, fingerprint, refuse_existing
+from .checkpoint_writer import (
+    CheckpointWriter,
+    copy_side_files,
+    fingerprint,
+)
 from .progress import Progress
 
 Say = Callable[[str], None] | None
@@ -136,7 +141,10 @@ def split(
         if not (partial / name).exists():
             picks = [Pick(layout, 0), Pick(layout, expert)]
             tell = say and (lambda text, name=name: say(f"{name}: {text}"))
-            _compose(partial / name, picks, [layout], top_k, task="pick", compat=compat, say=tell)
+            _compose(
+                *(partial / name, picks, [layout], top_k),
+                **{"task": "pick", "compat": compat, "say": tell, "whole": partial},
+            )
     os.replace(partial, out)
     return [out / name for name in names]
 
@@ -184,6 +192,7 @@ def _compose(
     task: str,
     compat: bool,
     say: Say,
+    whole: Path | None = None,
 ) -> Layout:
     """Write a checkpoint of these experts; what is shared is the mean over `averaged`."""
     first = picks[0].layout
@@ -208,7 +217,7 @@ def _compose(
     layouts = list({id(x): x for x in (*averaged, *(pick.layout for pick in picks))}.values())
     order = [(layouts.index(pick.layout), pick.expert) for pick in picks]
     print_of = fingerprint(layouts, task=task, order=order, top_k=top_k, compat=compat)
-    return _write(out, first, config, print_of, read, say)
+    return _write(out, first, config, print_of, read, say, whole)
 
 
 class _Experts:
@@ -259,14 +268,19 @@ def _write(
     print_of: str,
     read: Callable[[int | None], dict[str, Tensor]],
     say: Say,
+    whole: Path | None = None,
 ) -> Layout:
-    """Write what `read` gives of each layer, and of None, which is all that is in no layer."""
+    """Write what `read` gives of each layer, and of None, which is all that is in no layer.
+
+    whole: the folder to be removed for a bad source, if it is more than this checkpoint's.
+    """
     layers: dict[str, int | None] = {"embeddings": None}
     layers |= {f"layer {layer}": layer for layer in range(len(source.layer_ranks))}
     with CheckpointWriter(out, list(layers), config=config, fingerprint=print_of) as writer:
         progress = Progress(len(writer.remaining), say)
-        for unit in writer.remaining:
-            writer.write(unit, read(layers[unit]))
-            progress.done(1, unit)
+        with removed_if_bad(whole or writer.folder):
+            for unit in writer.remaining:
+                writer.write(unit, read(layers[unit]))
+                progress.done(1, unit)
         copy_side_files(source.directory, writer.folder)
         return writer.finish()

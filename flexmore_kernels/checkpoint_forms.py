@@ -7,7 +7,8 @@ experts' matrices (`fuse_experts`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -29,14 +30,6 @@ def dense_weight(base: Tensor, pair: tuple[Tensor, Tensor] | None) -> Tensor:
     acc = torch.float32 if base.dtype.itemsize == 2 else torch.float64
     a, b = (side.to(acc) for side in pair)
     return torch.addmm(base.to(acc), b, a).to(base.dtype)
-
-
-def dense_experts(tensors: Mapping[str, Tensor], num_experts: int) -> dict[str, Tensor]:
-    """The tensors of MoE layers with every expert full-size; those of other names are passed on.
-
-    tensors: canonical names, with any prefix, of whole layers.
-    """
-    return pad_experts(tensors, [0] * num_experts)
 
 
 def padded_ranks(layer_ranks: Sequence[Sequence]) -> list[int]:
@@ -88,22 +81,26 @@ def pad_experts(tensors: Mapping[str, Tensor], ranks: Sequence[int]) -> dict[str
     return done
 
 
-def fuse_experts(tensors: Mapping[str, Tensor], num_experts: int) -> dict[str, Tensor]:
+def fuse_experts(tensors: MutableMapping[str, Tensor], num_experts: int) -> dict[str, Tensor]:
     """The tensors of MoE layers, all experts full-size, in FlexOlmo's fused form.
 
     mlp.experts.gate_up_proj (E, 2F, D) has gate's rows first, mlp.experts.down_proj is (E, D, F).
-    tensors: canonical names, with any prefix, of whole layers. Other names are passed on.
+    tensors: canonical names, with any prefix, of whole layers; matrices are taken out of it as they
+    are copied, so that never all are in memory twice. Other names are passed on.
     """
     done = {name: tensor for name, tensor in tensors.items() if "experts." not in name}
     for first in [name for name in tensors if name.endswith("experts.0.gate_proj.weight")]:
         prefix = first.removesuffix("experts.0.gate_proj.weight")
-        gate, up, down = (
-            [tensors[f"{prefix}experts.{e}.{p}_proj.weight"] for e in range(num_experts)]
-            for p in PROJECTIONS
-        )
-        both = [torch.cat(pair) for pair in zip(gate, up, strict=True)]
-        done[f"{prefix}{FUSED[0]}"] = torch.stack(both)
-        done[f"{prefix}{FUSED[1]}"] = torch.stack(down)
+        F, D = tensors[first].shape
+        kinds = {t.dtype for n, t in tensors.items() if n.startswith(f"{prefix}experts.")}
+        dtype = reduce(torch.promote_types, kinds)
+        both = tensors[first].new_empty(num_experts, 2 * F, D, dtype=dtype)
+        down = tensors[first].new_empty(num_experts, D, F, dtype=dtype)
+        for e in range(num_experts):
+            places = (both[e, :F], both[e, F:], down[e])
+            for place, projection in zip(places, PROJECTIONS, strict=True):
+                place.copy_(tensors.pop(f"{prefix}experts.{e}.{projection}_proj.weight"))
+        done[f"{prefix}{FUSED[0]}"], done[f"{prefix}{FUSED[1]}"] = both, down
     return done
 
 

@@ -26,10 +26,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .checkpoint_folders import JOURNAL, LOCK, clear_finished, refuse_existing
 from .checkpoint_headers import INDEX_FILE, file_names, read_header, read_json
 from .checkpoint_layout import Layout, read_layout
 
-JOURNAL, LOCK = "journal.json", "lock"
 SIDE_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
               "chat_template*", "generation_config.json")  # fmt: skip
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -134,8 +134,7 @@ class CheckpointWriter:
         except ValueError as error:
             raise ValueError(f"{error}; remove {self.folder} to begin anew") from error
         os.replace(self.folder, self.directory)
-        for name in (JOURNAL, LOCK):
-            (self.directory / name).unlink()
+        clear_finished(self.directory)
         self.close()
         return dataclasses.replace(layout, directory=self.directory)
 
@@ -182,24 +181,6 @@ class CheckpointWriter:
             f"no space left {what} ({error.strerror}): {done} of {len(self.units)} files are safe "
             f"in {self.folder}; make room, then run the same again to go on",
         ) from error
-
-
-def refuse_existing(directory: Path) -> None:
-    """ValueError unless a directory is new or empty, and one that a folder can be renamed to."""
-    kind = None
-    if directory.name in ("", "..") or directory.resolve() == Path.cwd():
-        kind = "the working directory, or has no name of its own"
-    elif os.path.islink(directory):
-        kind = "a symbolic link"
-    elif os.path.ismount(directory):
-        kind = "a mount point"
-    if kind is not None:
-        raise ValueError(
-            f"directory: {directory} is {kind}, which the finished folder cannot replace; accepted:"
-            " a new or an empty directory in it, or elsewhere"
-        )
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(f"directory: {directory} exists; accepted: a new or an empty directory")
 
 
 def fingerprint(layouts: Iterable[Layout], **options: Any) -> str:

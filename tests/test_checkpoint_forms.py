@@ -149,7 +149,9 @@ def test_fused_has_gate_first():
         f"experts.{e}.{p}_proj.weight": torch.randn(F, D) for e in (0, 1) for p in ("gate", "up")
     }
     mlp |= {f"experts.{e}.down_proj.weight": torch.randn(D, F) for e in (0, 1)}
-    fused = fuse_experts(mlp | {"gate.weight": torch.randn(2, D)}, 2)
+    given = mlp | {"gate.weight": torch.randn(2, D)}
+    fused = fuse_experts(given, 2)
+    assert set(given) == {"gate.weight"}  # what is copied is let go, layer by layer
     assert set(fused) == {"gate.weight", "experts.gate_up_proj", "experts.down_proj"}
     for e in (0, 1):
         assert_same(fused["experts.gate_up_proj"][e, :F], mlp[f"experts.{e}.gate_proj.weight"])

@@ -61,7 +61,6 @@ def test_truncated_experts_are_recovered(tmp_path):
     assert {m.rank for m in report.matrices} == {7}
 
 
-
 @pytest.mark.parametrize("rule", ["energy:0.95", "naive", "numerical", "params:34000"])
 def test_small_training_is_no_rounding(tmp_path, rule):
     """An expert a last bit of bfloat16 away from the base: all of its difference may be meant."""
@@ -109,9 +108,7 @@ def test_budget_is_kept_where_the_source_has_factors(tmp_path, kind, compat):
         out = tmp_path / str(budget)
         tried += 1
         try:
-            report = convert_checkpoint(
-                tmp_path / "source", out, f"{kind}:{budget}", compat=compat
-            )
+            report = convert_checkpoint(tmp_path / "source", out, f"{kind}:{budget}", compat=compat)
         except ValueError as error:
             assert "the least is" in str(error) or (compat and "padded" in str(error))
             continue
@@ -146,3 +143,24 @@ def test_expert_that_no_token_chose_has_weights_like_the_others(tmp_path):
     Activations(means, tokens).save(tmp_path / "none")
     with pytest.raises(ValueError, match="no token chose"):
         convert_checkpoint(tmp_path / "source", tmp_path / "x", 4, activations=tmp_path / "none")
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_error_of_factors_that_become_full_size(tmp_path, dtype):
+    """One full-size matrix makes all of its expert full-size in the padded form, round(W_0 + B A):
+    the rounding is an error.
+    """
+    checkpoint.make_demo_checkpoint(
+        tmp_path / "source", expert_ranks=(0, (3, 3, "full")), dtype=torch.bfloat16, **SIZES
+    )
+    report = convert_checkpoint(
+        tmp_path / "source", tmp_path / "out", "fixed:full", compat=True, dtype=dtype
+    )
+    before, after = (checkpoint.read_tensors(read_layout(tmp_path / d)) for d in ("source", "out"))
+    for matrix, key in zip(report.matrices, all_keys(read_layout(tmp_path / "out")), strict=True):
+        base = before[f"model.layers.0.mlp.experts.0.{key.projection}_proj.weight"].double()
+        stored = after[f"{key.name}.weight"].double() - base
+        low = key.projection != "down"
+        assert matrix.rank == "full" and (matrix.error > 0 or not low)
+        if low:
+            assert matrix.error == pytest.approx(float((delta(before, key) - stored).norm()))

@@ -39,7 +39,16 @@ PLAN = (
         "timing",
         "tuning",
     ),
-    ("checkpoint_layout", "model_config", "native", "projection", "sampling", "storage", "testing"),
+    (
+        "checkpoint_folders",
+        "checkpoint_layout",
+        "model_config",
+        "native",
+        "projection",
+        "sampling",
+        "storage",
+        "testing",
+    ),
     (
         "adapters",
         "backend",

@@ -16,8 +16,8 @@ RULES = (
     "least ranks that keep this share of the squared singular values; naive, v01, v02, v02v02, "
     "v06, the authors' rules by entropy; params:2e9 or bytes:8GiB, the least error that a "
     "checkpoint of this size allows; numerical, the ranks of experts that were truncated and "
-    "stored dense. All but the first leave a matrix as it is where factors of that rank would cost as "
-    "much as a full-size one"
+    "stored dense. All but the first leave a matrix as it is where factors of that rank would "
+    "cost as much as a full-size one"
 )
 
 

@@ -4,19 +4,21 @@
 
 for each of gate, up and down of each expert beside the public one (FlexMoRE, arXiv 2602.08818, and
 its authors' converter). At any time one layer's tensors are in memory, and one matrix's difference
-in float64 with its decomposition. One decomposition serves every target, since factors are nested.
+in float64 with its decomposition. One decomposition serves every target, since factors are nested;
+of several targets, what each keeps of the layer is in memory beside it until the layer is written.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
+from ..checkpoint_folders import removed_if_bad
 from ..checkpoint_layout import Layout, mlp_prefix
 from ..checkpoint_writer import CheckpointWriter
 from ..progress import Progress
@@ -113,33 +115,25 @@ def run(work: Work, targets: Sequence[Target], directory: Path, say: Say | None)
     """Write all targets; `directory` names the folder of the spectra, where any needs them all."""
     layout = work.layout
     first = [t for t in targets if t.needs_spectra_first and t.writer.remaining]
-    features = any(target.rule.needs_features for target in first)
-    name = work.fingerprint(work="spectra", features=features)
-    folder = directory.parent / f".{directory.name}.spectra-{name}"
+    name = f".{directory.name}.spectra-{work.fingerprint(work='spectra')}"
+    plain, more = (directory.parent / f"{name}{end}" for end in ("", "-features"))
+    # Those with features serve all rules; of a run that was killed, with other targets left, too.
+    features = more.exists() or any(target.rule.needs_features for target in first)
+    folder = more if features else plain
     spectra: Mapping[Key, Spectrum] = {}
-    with _removed_if_bad(*(target.writer.folder for target in targets)):
+    with removed_if_bad(*(target.writer.folder for target in targets)):
         if first:
-            with _removed_if_bad(folder):
+            with removed_if_bad(folder):
                 spectra = all_spectra(layout, folder, work.moments, work.device, say, features)
             _settle(first, spectra, folder, say)
-        with _removed_if_bad(folder):
+        with removed_if_bad(folder):
             _write_all(work, targets, spectra, say)
     if say is not None and targets:
         say("checking and finishing")
     reports = [target.finish() for target in targets]
-    forget(folder)
+    for folder in (plain, more):
+        forget(folder)
     return reports
-
-
-@contextmanager
-def _removed_if_bad(*folders: Path) -> Iterator[None]:
-    """What was begun for a source or a rule that cannot be, nobody will take up."""
-    try:
-        yield
-    except ValueError:
-        for folder in folders:
-            forget(folder)
-        raise
 
 
 def _settle(
@@ -161,11 +155,16 @@ def _write_all(
     layers = [n for n in range(len(work.layout.layer_ranks)) if unit_of(n) in left]
     progress = Progress(sum(len(keys_of(work.layout, layer)) for layer in layers), say)
     if unit_of(None) in left:
-        start, tensors = time.monotonic(), read_others(work.layout, None)
-        for target in _waiting(targets, None):
-            target.write(None, tensors, [], time.monotonic() - start)
+        _write_ends(work, _waiting(targets, None))
     for layer in layers:
         _convert_layer(work, _waiting(targets, layer), layer, spectra, progress)
+
+
+def _write_ends(work: Work, targets: Sequence[Target]) -> None:
+    """What is outside of the layers, gone from memory before the first of them is read."""
+    start, tensors = time.monotonic(), read_others(work.layout, None)
+    for target in targets:
+        target.write(None, tensors, [], time.monotonic() - start)
 
 
 def _waiting(targets: Sequence[Target], layer: int | None) -> list[Target]:

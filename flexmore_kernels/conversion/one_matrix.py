@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint_forms import dense_weight
 from .matrices import Key, SourceLayer, stored_rank
 from .spectra import Spectrum, spectrum_of
 from .svd import Decomposition, decompose, error, factor_pair
@@ -55,7 +56,10 @@ class OneMatrix:
             pair = _trimmed(*factor_pair(self.found, rank, dtype))
             if pair[0].shape[0]:
                 kept = {f"{local}_{s}.weight": t.cpu() for s, t in zip("ab", pair, strict=True)}
-        rest = self._rest(kept, dtype)
+        if full == "full" and self.have != "full":
+            rest = self._rest_when_dense(kept, target.dtype)
+        else:
+            rest = self._rest(kept, dtype)
         fields = {
             "layer": self.key.layer,
             "expert": self.key.expert,
@@ -109,6 +113,13 @@ class OneMatrix:
         if len(held) == 1:
             return self.delta - (held[0] - self.source.base(self.key))
         return torch.addmm(self.delta, held[1], held[0], alpha=-1)
+
+    def _rest_when_dense(self, kept: Mapping[str, Tensor], dtype: torch.dtype | None) -> Tensor:
+        """The same where the padded form makes a full-size matrix of these factors."""
+        base = self.source.tensors[f"experts.0.{self.key.projection}_proj.weight"]
+        a, b = (t.to(base.device) for t in kept.values())
+        stored = dense_weight(base, (a, b)).to(dtype or base.dtype)
+        return self.delta - (stored.double() - self.source.base(self.key))
 
     def _of_outputs(self, matrix: Tensor | None) -> float | None:
         """sqrt(tr(matrix M matrix^T)), M the second moment or its diagonal; None without one."""

@@ -95,18 +95,26 @@ def all_spectra(
         if path.exists():
             spectra |= _read(path, own)
             continue
-        source, found = SourceLayer(layout, layer, device), {}
-        for key in own:
-            delta = source.delta(key)
-            spectrum = spectrum_of(source, key, delta, moments)
-            if features:
-                more = similarity(source.base(key), delta)
-                spectrum = Spectrum(spectrum.s, spectrum.numerical_rank, more)
-            found[key] = spectrum
-            progress.done(1, f"singular values of {key}")
+        found = _of_layer(SourceLayer(layout, layer, device), own, moments, features, progress)
         _write(path, found)
         spectra |= found
     return spectra
+
+
+def _of_layer(
+    source: SourceLayer, keys: Sequence[Key], moments: Moments, features: bool, progress: Progress
+) -> dict[Key, Spectrum]:
+    """Of a layer's matrices; its tensors are gone when this is left."""
+    found = {}
+    for key in keys:
+        delta = source.delta(key)
+        spectrum = spectrum_of(source, key, delta, moments)
+        if features:
+            more = similarity(source.base(key), delta)
+            spectrum = Spectrum(spectrum.s, spectrum.numerical_rank, more)
+        found[key] = spectrum
+        progress.done(1, f"singular values of {key}")
+    return found
 
 
 def forget(folder: Path) -> None:

@@ -21,7 +21,8 @@ from .convert import check_rule, fingerprint_of, open_target, run
 from .picture import draw_choices, scaled
 from .recover import AnyRule, read_rule
 from .report import REPORT_FILE, Report, aligned, rank_span, read_report, write_text
-from .spectra import Say
+from .spectra import Say, forget
+from .targets import Target
 from .work import prepare
 
 SWEEP_FILE, CURVE_FILE = "sweep.json", "sweep.svg"
@@ -63,7 +64,11 @@ def sweep_checkpoints(
                 if report.fingerprint == fingerprint_of(work, rule, compat):
                     done[name] = report
                     continue
-            targets.append(open_target(stack, work, directory / name, rule, compat))
+            try:
+                targets.append(open_target(stack, work, directory / name, rule, compat))
+            except ValueError:
+                _take_back(targets)
+                raise
         made = iter(run(work, targets, directory / "sweep", say))
     reports = [done[name] if name in done else next(made) for name in names]
     write_text(directory / SWEEP_FILE, json.dumps(summary(reports), indent=1) + "\n")
@@ -71,6 +76,13 @@ def sweep_checkpoints(
     title = f"{work.layout.directory.name}: {scaled(reports[0].before.bytes)}B before"
     write_text(directory / CURVE_FILE, draw_choices(title, points))
     return reports
+
+
+def _take_back(targets: Sequence[Target]) -> None:
+    """Remove the folders of targets of which nothing is written yet."""
+    for target in targets:
+        if not target.writer.facts:
+            forget(target.writer.folder)
 
 
 def name_of(rule: AnyRule) -> str:
