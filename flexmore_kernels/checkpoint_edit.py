@@ -23,7 +23,6 @@ from .checkpoint_layout import Layout, mlp_prefix, read_layout
 from .checkpoint_shared import check_alike, check_equal, mean_tensors, shared_names
 from .checkpoint_writer import (
     CheckpointWriter,
-    copy_side_files,
     fingerprint,
 )
 from .progress import Progress
@@ -282,5 +281,5 @@ def _write(
             for unit in writer.remaining:
                 writer.write(unit, read(layers[unit]))
                 progress.done(1, unit)
-        copy_side_files(source.directory, writer.folder)
+        writer.add(source.directory)
         return writer.finish()

@@ -17,6 +17,8 @@ from .progress import Progress
 
 # Fields of a config that may differ between them.
 _OWN = ("num_experts", "num_experts_per_tok", "expert_ranks", "expert_bias", "extra")
+# Fields that our config does not know, and that change what is generated.
+_ALSO = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 _SHOWN = 8
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -47,6 +49,13 @@ def check_alike(layouts: Sequence[Layout], mixed: bool) -> None:
                 raise ValueError(
                     f"config.json: {name} is {configs[0][name]!r} in {first.directory} and "
                     f"{value!r} in {layout.directory}; accepted: the same"
+                )
+        for name in _ALSO:
+            values = [x.config.get(name) for x in (first, layout)]
+            if None not in values and values[0] != values[1]:
+                raise ValueError(
+                    f"config.json: {name} is {values[0]!r} in {first.directory} and {values[1]!r} "
+                    f"in {layout.directory}; accepted: the same"
                 )
         if layout.expert_bias != first.expert_bias:
             raise ValueError(

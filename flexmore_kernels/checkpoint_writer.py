@@ -115,6 +115,15 @@ class CheckpointWriter:
             self.facts.pop(unit, None)
             self._explain(error, f"for {unit!r}")
 
+    def add(self, source: Path, texts: Mapping[str, str] | None = None) -> None:
+        """Put a source's side files (`copy_side_files`) and these files into the folder."""
+        try:
+            copy_side_files(source, self.folder)
+            for name, text in (texts or {}).items():
+                (self.folder / name).write_text(text)
+        except OSError as error:
+            self._explain(error, "for what is beside the weights")
+
     def finish(self, config: Mapping[str, Any] | None = None) -> Layout:
         """Write config.json and the index, check everything, and let the directory appear.
 
@@ -203,8 +212,8 @@ def fingerprint(layouts: Iterable[Layout], **options: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file of these tensors, whole or not at all.
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:
+    """A safetensors file of these tensors, whole or not at all; metadata: more for its header.
 
     Raises OSError, with errno ENOSPC when there is no space, before or while it is written.
     """
@@ -225,7 +234,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         temporary.touch()
         mode = temporary.stat().st_mode  # what the user's umask makes of a file; save_file hides it
-        save_file(part, temporary, metadata={"format": "pt"})
+        save_file(part, temporary, metadata={"format": "pt", **metadata})
         temporary.chmod(mode)
         _settle(temporary)
         os.replace(temporary, path)

@@ -44,10 +44,12 @@ def run(arguments: argparse.Namespace) -> int:
     from ..checkpoint import load_model, read_layout
     from ..conversion.activations import gather
 
+    text, out = Path(arguments.text), Path(arguments.out)
+    if out.is_dir() or any(parent.is_file() for parent in out.parents):
+        raise ValueError(f"OUT: {out} is a directory, or in a file; accepted: a file's name")
     device = backend.device_or_default(arguments.device)
     dtype = arguments.dtype or ("bfloat16" if device == "cuda" else "float32")
     layout = read_layout(arguments.checkpoint)
-    text, out = Path(arguments.text), Path(arguments.out)
     read = _ids_of_lines if text.suffix == ".jsonl" else _ids_of_text
     sequences = _cut(read(text, layout), arguments.tokens, arguments.length)
     model = load_model(layout, device, getattr(torch, dtype))

@@ -15,17 +15,16 @@ The file is one safetensors file: `layers.{l}.inputs`, `layers.{l}.experts.{e}.h
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import ops
+from ..checkpoint_writer import write_tensors
 from ..checks import check_int, check_one_of, check_tensor
 from ..layer import FlexMoRE
 
@@ -86,15 +85,7 @@ class Activations:
         for name, count in self.tokens.items():
             tensors[f"{name}.tokens"] = torch.tensor([count])
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(descriptor)
-        try:
-            save_file(tensors, partial, metadata={"format": "pt", "content": _FORMAT})
-            os.chmod(partial, 0o644)
-            os.replace(partial, path)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
+        write_tensors(path, tensors, content=_FORMAT)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Activations:
@@ -109,6 +100,10 @@ class Activations:
                 f"activations: {path} is no whole safetensors file ({fault})"
             ) from None
         means = {name: t for name, t in tensors.items() if not name.endswith(".tokens")}
+        for name, mean in means.items():
+            fault = _fault(mean, tensors.get(f"{name}.tokens"))
+            if fault:
+                raise ValueError(f"activations: {path}: {name!r} {fault}")
         return cls(means, {name: int(tensors[f"{name}.tokens"]) for name in means})
 
 
@@ -212,6 +207,19 @@ class _Sums:
                 raise ValueError(f"batches: the sums of {name} are not finite")
         means = {name: total / max(1, self.tokens[name]) for name, total in self.sums.items()}
         return Activations(means, self.tokens)
+
+
+def _fault(mean: Tensor, tokens: Tensor | None) -> str | None:
+    """What is wrong with an entry of a file."""
+    if tokens is None or tokens.numel() != 1 or tokens.is_floating_point() or int(tokens) < 0:
+        return "has no number of tokens; accepted: files by `flexmore activations`"
+    if mean.dim() not in (1, 2) or mean.numel() == 0 or len(set(mean.shape)) > 1:
+        return f"has shape {tuple(mean.shape)}; accepted: (n, n), or (n,) for the diagonal"
+    if not bool(mean.isfinite().all()):
+        return "holds NaN or Inf; accepted: finite numbers"
+    if int(tokens) and not bool(mean.any()):
+        return f"is zero over {int(tokens)} tokens; accepted: inputs that are not all zero"
+    return None
 
 
 def _project(x_TD: Tensor, tensors: Mapping[str, Tensor], expert: int, projection: str) -> Tensor:

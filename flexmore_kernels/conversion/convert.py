@@ -83,6 +83,12 @@ def check_rule(work: Work, rule: AnyRule) -> None:
     """ValueError for a rule that cannot be met, as far as that shows without singular values: so
     before there is anything on the disk.
     """
+    experts = work.layout.config["num_experts"] - 1
+    if rule.kind == "fixed" and max(1, experts) < len(rule.fixed):
+        raise ValueError(
+            f"rule: {rule.text!r} has ranks for {len(rule.fixed)} experts, and there are {experts} "
+            "beside the public one; accepted: one rank, or one for each of them"
+        )
     if not rule.needs_spectra:
         rule.ranks(dict.fromkeys(all_keys(work.layout)), sizes_of(work.layout))
 

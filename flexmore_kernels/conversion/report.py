@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -154,15 +153,13 @@ def read_report(directory: str | os.PathLike) -> Report:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    """Write a file whole or not at all; what a kill leaves, the next call writes over."""
+    partial = path.with_name(f"{path.name}.tmp")
     try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.chmod(partial, 0o644)
+        partial.write_text(text)
         os.replace(partial, path)
     except BaseException:
-        Path(partial).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
 
 

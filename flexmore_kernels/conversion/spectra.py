@@ -110,7 +110,13 @@ def _of_layer(
         delta = source.delta(key)
         spectrum = spectrum_of(source, key, delta, moments)
         if features:
-            more = similarity(source.base(key), delta)
+            try:
+                more = similarity(source.base(key), delta)
+            except ValueError:
+                raise ValueError(
+                    f"{key.name}: its matrix, or the public expert's, is zero, and rule v06 wants "
+                    "the angle between them; accepted: another rule"
+                ) from None
             spectrum = Spectrum(spectrum.s, spectrum.numerical_rank, more)
         found[key] = spectrum
         progress.done(1, f"singular values of {key}")

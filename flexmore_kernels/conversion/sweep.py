@@ -87,7 +87,7 @@ def _take_back(targets: Sequence[Target]) -> None:
 
 def name_of(rule: AnyRule) -> str:
     """The directory of a rule: energy:0.95 is energy-0.95, and a rank r rank-r."""
-    text = f"rank-{rule.text}" if rule.text.isdigit() else rule.text
+    text = f"rank-{int(rule.text)}" if rule.text.isdigit() else rule.text
     return re.sub(r"[^\w.+]+", "-", text)
 
 

@@ -20,7 +20,7 @@ from ..checkpoint_config import shortest
 from ..checkpoint_forms import config_for, pad_experts
 from ..checkpoint_headers import FLOAT_BYTES
 from ..checkpoint_layout import PROJECTIONS, Layout, mlp_prefix
-from ..checkpoint_writer import CheckpointWriter, copy_side_files
+from ..checkpoint_writer import CheckpointWriter
 from .matrices import Key, all_keys, size_of, sizes_of, stored_rank, unit_of
 from .recover import AnyRule
 from .report import Matrix, Report, Size
@@ -128,9 +128,7 @@ class Target:
         if self.dtype is not None:
             name = str(self.dtype).removeprefix("torch.")
             config |= {key: name for key in ("dtype", "torch_dtype") if key in config}
-        copy_side_files(self.layout.directory, self.writer.folder)
-        for name, text in report.files().items():
-            (self.writer.folder / name).write_text(text)
+        self.writer.add(self.layout.directory, report.files())
         self.writer.finish(config)
         return report
 
