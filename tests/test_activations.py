@@ -7,6 +7,7 @@ experts and parts without a delta, several batches, a file that is something els
 from __future__ import annotations
 
 import argparse
+import weakref
 
 import pytest
 import torch
@@ -148,6 +149,9 @@ def test_saved_and_loaded(tmp_path):
     assert loaded.tokens == found.tokens
     for name, mean in found.means.items():
         testing.assert_same(loaded.means[name], mean.float())
+    # Read when asked for: nothing of it stays.
+    seen = [weakref.ref(loaded.means[name]) for name in found.means]
+    assert [mean() for mean in seen] == [None] * len(seen)
     delta = torch.randn(SIZES[1], SIZES[0])
     svd.decompose(delta, second_moment=loaded.second_moment(0, 1, "up"))
     path.write_bytes(path.read_bytes()[:-5])

@@ -15,8 +15,9 @@ The file is one safetensors file: `layers.{l}.inputs`, `layers.{l}.experts.{e}.h
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +33,30 @@ FORMS = ("full", "diagonal")
 _FORMAT = "flexmore second moments"
 
 
+class _InFile(Mapping):
+    """The means of an open file: all of a model's would be more than a layer's memory."""
+
+    def __init__(self, opened: Any, names: list[str]) -> None:
+        self._opened, self._names = opened, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._opened.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 class Activations:
     """Means of x x^T, or of its diagonal, by name; from `gather` or `Activations.load`."""
 
     def __init__(self, means: Mapping[str, Tensor], tokens: Mapping[str, int]) -> None:
-        self.means, self.tokens = dict(means), dict(tokens)
+        self.means = means if isinstance(means, _InFile) else dict(means)
+        self.tokens = dict(tokens)
 
     def second_moment(self, layer: int, expert: int, projection: str) -> Tensor | None:
         """What `svd.decompose` takes for this matrix; None where no token was seen.
@@ -89,22 +109,27 @@ class Activations:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Activations:
-        """Read a file that `save` wrote, on the CPU; ValueError for any other."""
+        """A file that `save` wrote, of which each mean is read, to the CPU, when it is asked for.
+
+        All of it is checked here, one at a time: ValueError for any other file.
+        """
         try:
-            with safe_open(path, framework="pt") as opened:
-                if (opened.metadata() or {}).get("content") != _FORMAT:
-                    raise ValueError(f"activations: {path} holds something else")
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            opened = safe_open(path, framework="pt")
+            if (opened.metadata() or {}).get("content") != _FORMAT:
+                raise ValueError(f"activations: {path} holds something else")
+            names = set(opened.keys())
         except SafetensorError as fault:
             raise ValueError(
                 f"activations: {path} is no whole safetensors file ({fault})"
             ) from None
-        means = {name: t for name, t in tensors.items() if not name.endswith(".tokens")}
+        means, tokens = _InFile(opened, sorted(n for n in names if not n.endswith(".tokens"))), {}
         for name, mean in means.items():
-            fault = _fault(mean, tensors.get(f"{name}.tokens"))
-            if fault:
+            count = f"{name}.tokens"
+            number = opened.get_tensor(count) if count in names else None
+            if fault := _fault(mean, number):
                 raise ValueError(f"activations: {path}: {name!r} {fault}")
-        return cls(means, {name: int(tensors[f"{name}.tokens"]) for name in means})
+            tokens[name] = int(number)
+        return cls(means, tokens)
 
 
 def gather(

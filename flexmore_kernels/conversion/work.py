@@ -72,18 +72,18 @@ def _moments(layout: Layout, activations: Activations, device: torch.device) -> 
     """What is gathered of a matrix's inputs, on the device; the last one stays there."""
     experts = layout.config["num_experts"]
     activations.check_model(sizes_of(layout), len(layout.layer_ranks), experts)
-    last: list[Tensor] = []
-    others: dict[int, Tensor] = {}
+    last: dict[Any, Tensor] = {}
 
     def moment(key: Key) -> Tensor:
-        found = activations.second_moment(*key)
-        if found is None:
-            if key.layer not in others:
-                others[key.layer] = activations.of_unseen(key.layer)
-            found = others[key.layer]
-        if not last or last[0] is not found:
-            last[:] = found, found.to(device)
-        return last[1]
+        # gate and up of all experts of a layer have the same inputs.
+        name = (key.layer, key.expert if key.projection == "down" else None)
+        if name not in last:
+            last.clear()  # first, so that there are never two
+            found = activations.second_moment(*key)
+            if found is None:
+                found = activations.of_unseen(key.layer)
+            last[name] = found.to(device)
+        return last[name]
 
     return moment
 
