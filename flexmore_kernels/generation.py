@@ -15,12 +15,9 @@ import torch
 from torch import Tensor
 
 from .checks import check_int, check_one_of, check_tensor, checks_values
-from .decode_step import WARM_UP, DecodeStep
+from .decode_step import LAG, WARM_UP, DecodeStep
 from .kv_cache import DynamicCache, KVCache, StaticCache
 from .sampling import Sampling
-
-LAG = 4
-"""On a GPU, tokens reach the host at most so many steps after their own."""
 
 
 @torch.no_grad()
@@ -97,10 +94,12 @@ def generate(
     ids = torch.tensor(stops, dtype=torch.int64)
     for column in _columns(step, max_new_tokens):
         new.append(column)
-        if stream is not None:
-            stream(column)
         ended |= torch.isin(column, ids)
+        if stream is not None:
+            stream(column.clone())
         if bool(ended.all()):
+            # However soon the host saw it: what is drawn must not depend on timing.
+            step.run_to(min(len(new) + step.lag, max_new_tokens))
             break
     return torch.cat([input_ids, torch.stack(new, 1).to(device, input_ids.dtype)], 1)
 

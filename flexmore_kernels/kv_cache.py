@@ -102,6 +102,8 @@ class KVCache:
 
         A mask given again must be equal, which waits for the device; None means the one there is.
         """
+        if not self.length:  # nothing is stored: what a refused call left does not count
+            self.expert_mask, self._requests = None, None
         if self._requests is not None and self._requests[0] != batch:
             raise ValueError(
                 f"input_ids: got {batch} rows; accepted: {self._requests[0]}, as the cache holds"
@@ -225,7 +227,8 @@ class StaticCache(KVCache):
 
     def reset(self) -> None:
         super().reset()
-        for state in (self.real, self.next, self.position):
+        # Keys and values too: a hidden column has weight 0, and 0 times NaN would be NaN.
+        for state in (*self.keys, *self.values, self.real, self.next, self.position):
             state.zero_()
 
     def advance(self, length: int) -> None:
