@@ -76,6 +76,8 @@ def generate(
         raise ValueError(
             f"generator: got one on {generator.device}; accepted: one on {input_ids.device}"
         )
+    if expert_mask is not None:
+        check_tensor("expert_mask", expert_mask, None, (torch.bool,))
     if expert_mask is not None and expert_mask.dim() == 3:
         raise ValueError(
             f"expert_mask: got shape {tuple(expert_mask.shape)}; accepted: "
@@ -148,6 +150,11 @@ def _left_padded(input_ids: Tensor, mask: Tensor | None) -> Tensor | None:
         return None
     check_tensor("attention_mask", mask, tuple(input_ids.shape), None, input_ids.device)
     real = mask.to(torch.bool).cpu()
+    if not bool(real.any(1).all()):
+        row = int((~real.any(1)).nonzero()[0])
+        raise ValueError(
+            f"attention_mask: got row {row} without tokens; accepted: at least one in each row"
+        )
     if bool((real[:, :-1] & ~real[:, 1:]).any()) or not bool(real[:, -1].all()):
         raise ValueError("attention_mask: got 0 after a token; accepted: 0 before a row's tokens")
     return None if bool(real.all()) else mask

@@ -180,3 +180,31 @@ def test_an_emptied_static_cache_holds_nothing_of_before():
     cache.reset()
     expected = model(ids[:, :4])
     testing.assert_accurate(in_pieces(model, cache, ids[:, :4], (2, 1, 1)), expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    (
+        {"dtype": torch.float32},
+        {"device": "meta"},
+        {"num_hidden_layers": 1},
+        {"num_key_value_heads": 4},
+        {"hidden_size": 48},
+        {"rope_theta": 1e4},
+    ),
+    ids=str,
+)
+def test_a_cache_of_another_model_is_named(change):
+    model, ids = make(), torch.randint(40, (B, S))
+    kind = {"dtype": change.get("dtype", torch.float64), "device": change.get("device")}
+    sizes = {name: change[name] for name in change if name not in kind}
+    config = fk.FlexMoREConfig(**(CONFIG | {"num_key_value_heads": 2} | sizes))
+    cache = StaticCache(config, B, S, **kind)
+    with pytest.raises(ValueError, match="^cache: got one on .* for Heads.*; accepted: as the mod"):
+        model(ids, cache=cache)
+    assert cache.length == 0
+    more = StaticCache(fk.FlexMoREConfig(**(CONFIG | {"num_key_value_heads": 2,
+                       "num_hidden_layers": 3})), B, S, dtype=torch.float64)  # fmt: skip
+    testing.assert_accurate(model(ids, cache=more), model(ids))
+    with pytest.raises(TypeError, match="^cache: got dict; accepted: DynamicCache"):
+        model(ids, cache={})

@@ -162,12 +162,11 @@ def _expert_mask(texts: list[str] | None, prompts: int, num_experts: int) -> Any
 def _allowed(text: str, num_experts: int) -> Any:
     import torch
 
-    from ..text import ids_of
-
     parts = [part.strip() for part in text.split(",")]
     signs = {part.startswith("-") for part in parts}
     without = True in signs
-    numbers = ids_of(",".join(part.removeprefix("-") for part in parts))
+    digits = [part.removeprefix("-") for part in parts]
+    numbers = [int(part) if part.isdecimal() else num_experts for part in digits]
     if len(signs) > 1 or max(numbers) >= num_experts:
         raise ValueError(
             f"--experts: got {text!r}; accepted: 0,2,5 or all with a minus, -3,-4, of experts "
