@@ -59,6 +59,7 @@ class DecodeStep:
         tokens = choose(logits[:, -1], self.sampling, self.generator)
         self.tokens = tokens[:, None].clone()
         self.finished, self.made = self._ends(tokens), 1
+        self.cache.ended = self.finished  # what fills up an ended request is not counted
 
     def run_to(self, made: int) -> None:
         """Step until each request got so many tokens."""

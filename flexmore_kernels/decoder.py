@@ -121,6 +121,10 @@ class Decoder(nn.Module):
             step = cache.begin(mask, batch, length, h.device, heads)
         if expert_mask is not None and expert_mask.dim() == 2:  # one for all tokens of a request
             expert_mask = expert_mask[:, None].expand(-1, length, -1).contiguous()
+        counted = mask
+        if cache is not None and cache.ended is not None and self.layers[0].statistics is not None:
+            alive = ~cache.ended[:, None].expand(batch, length)
+            counted = alive if mask is None else alive & mask
         for layer in self.layers:
-            h = layer(h, step, expert_mask, cache, mask)
+            h = layer(h, step, expert_mask, cache, counted)
         return self.norm(h[:, -keep:])

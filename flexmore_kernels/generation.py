@@ -19,6 +19,9 @@ from .decode_step import LAG, WARM_UP, DecodeStep
 from .kv_cache import DynamicCache, KVCache, StaticCache
 from .sampling import Sampling
 
+REPAID = 16
+"""New tokens from which on a capture, which takes about as long as some steps, is worth it."""
+
 
 @torch.no_grad()
 def generate(
@@ -57,11 +60,13 @@ def generate(
         cache: "static" (memory for all tokens at once, what a CUDA graph needs) or "dynamic";
             default: static on a GPU.
         cuda_graph: capture a step once, after two that run as they are, and replay it; default:
-            on a GPU, with a static cache, outside `validation()`.
+            on a GPU, with a static cache, for REPAID new tokens or more. Inside `validation()`, and
+            where no step is left to replay, nothing is captured, whatever is asked.
 
     Returns: (B, S + n): the prompts and n new tokens, where n is `max_new_tokens` or the number at
     which the last request ended. Deterministic (with a generator, given its state). Waits for the
-    device before the first token and, then, only for tokens that are LAG steps old.
+    device before the first token, once where a graph is captured (torch does, as it begins) and
+    otherwise only for tokens that are LAG steps old.
     Raises ValueError or TypeError naming the argument.
     """
     check_tensor("input_ids", input_ids, ("B", "S"), (torch.int64, torch.int32))
@@ -72,10 +77,7 @@ def generate(
     how = Sampling(temperature, top_k, top_p).checked()
     stops, pad = _ends(model.config, eos_token_id, pad_token_id)
     attention_mask = _left_padded(input_ids, attention_mask)
-    if generator is not None and generator.device.type != input_ids.device.type:
-        raise ValueError(
-            f"generator: got one on {generator.device}; accepted: one on {input_ids.device}"
-        )
+    _check_generator(generator, input_ids.device)
     if expert_mask is not None:
         check_tensor("expert_mask", expert_mask, None, (torch.bool,))
     if expert_mask is not None and expert_mask.dim() == 3:
@@ -160,6 +162,11 @@ def _left_padded(input_ids: Tensor, mask: Tensor | None) -> Tensor | None:
     return None if bool(real.all()) else mask
 
 
+def _check_generator(generator: torch.Generator | None, device: torch.device) -> None:
+    if generator is not None and generator.device != device:
+        raise ValueError(f"generator: got one on {generator.device}; accepted: one on {device}")
+
+
 def _cache(model: Any, kind: str | None, batch: int, length: int, device) -> KVCache:
     check_one_of("cache", kind, (None, "static", "dynamic"))
     if kind == "dynamic" or (kind is None and device.type != "cuda"):
@@ -176,5 +183,7 @@ def _whether_graph(asked: bool | None, kv: KVCache, ids: Tensor, count: int) -> 
         raise ValueError(
             f"cuda_graph: got True on {ids.device} with {kind} cache; accepted: on cuda, static"
         )
-    # Checks of values wait for the device, which a capture cannot; and few steps do not repay one.
-    return possible and asked is not False and not checks_values(ids) and count > WARM_UP + 2
+    # The first token is the prompt's, the next ones warm up.
+    fewest = WARM_UP + 2 if asked else REPAID
+    # Checks of values wait for the device, which a capture cannot.
+    return possible and asked is not False and not checks_values(ids) and count >= fewest

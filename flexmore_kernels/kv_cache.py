@@ -84,11 +84,13 @@ class KVCache:
     """What both kinds of cache share; use `DynamicCache` or `StaticCache`.
 
     length: columns so far, padding included. expert_mask: None, or the requests' (B, E) bool.
+    ended: None, or bool (B,) on the device: requests whose tokens are no longer counted.
     """
 
     def __init__(self) -> None:
         self.length = 0
         self.expert_mask: Tensor | None = None
+        self.ended: Tensor | None = None
         self._requests: tuple[int, int] | None = None  # B, E
 
     @property
@@ -143,7 +145,7 @@ class KVCache:
 
     def reset(self) -> None:
         """Empty the cache for other requests."""
-        self.length, self.expert_mask, self._requests = 0, None, None
+        self.length, self.expert_mask, self.ended, self._requests = 0, None, None, None
 
 
 class DynamicCache(KVCache):

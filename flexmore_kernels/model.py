@@ -106,7 +106,8 @@ class FlexMoREForCausalLM(nn.Module):
     def counting(self) -> Iterator[list[RouterStatistics]]:
         """Within, forwards add what each layer's router does to counters, which are yielded.
 
-        They stay on the device (`RouterStatistics`, one a layer); padding does not count. Nested,
+        They stay on the device (`RouterStatistics`, one a layer); padding does not count, nor what
+        `generate` fills up ended requests with. Nested,
         the inner counters alone count.
         """
         blocks = list(self.model.layers)

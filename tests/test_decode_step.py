@@ -67,6 +67,24 @@ def test_what_is_drawn_does_not_depend_on_when_the_host_looks(late):
     testing.assert_same(generator.get_state(), again.get_state())
 
 
+def test_a_requests_end_ends_its_tokens_for_the_counters(late):
+    """As many as of each request alone, however many steps ran to fill up the batch."""
+    model = make()
+    ids, mask = prompts()
+    stops = model.generate(ids, attention_mask=mask, max_new_tokens=2)[0, -1:].tolist()
+    with model.counting() as together:
+        found = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, eos_token_id=stops)
+    tokens, load = 0, 0
+    for row in range(len(ids)):
+        real = ids[row : row + 1, -int(mask[row].sum()) :]
+        with model.counting() as alone:
+            model.generate(real, max_new_tokens=NEW, eos_token_id=stops)
+        tokens, load = tokens + alone[0].tokens, load + alone[0].load
+    assert int(tokens) < int(mask.sum()) + found[:, 7:].numel() - len(ids)
+    testing.assert_same(together[0].tokens, tokens)
+    testing.assert_same(together[0].load, load)
+
+
 class Calls(list):
     def context(self, name):
         @contextlib.contextmanager

@@ -247,6 +247,28 @@ def test_generate_refuses(change, message):
         make().generate(ids, **({"max_new_tokens": 2} | change))
 
 
+def test_a_generator_of_another_gpu_is_named():
+    devices = [torch.device("cuda", index) for index in range(2)]
+    generation._check_generator(SimpleNamespace(device=devices[1]), devices[1])
+    with pytest.raises(ValueError, match="^generator: got one on cuda:1; accepted: one on cuda:0"):
+        generation._check_generator(SimpleNamespace(device=devices[1]), devices[0])
+
+
+def test_a_graph_is_captured_where_it_repays_or_where_asked():
+    model = make()
+    ids, _ = prompts()
+    cache = StaticCache(model.config, 3, 32)
+    on_gpu = SimpleNamespace(device=torch.device("cuda", 0))
+    fewest = {None: generation.REPAID, True: generation.WARM_UP + 2}
+    for asked, count in fewest.items():
+        assert generation._whether_graph(asked, cache, on_gpu, count)
+        assert not generation._whether_graph(asked, cache, on_gpu, count - 1)
+        with fk.validation():
+            assert not generation._whether_graph(asked, cache, on_gpu, 99)
+    assert not generation._whether_graph(False, cache, on_gpu, 99)
+    assert not generation._whether_graph(None, cache, ids, 99)
+
+
 def test_caches_are_what_generate_makes():
     model = make()
     ids, _ = prompts()
