@@ -107,8 +107,7 @@ class FlexMoREForCausalLM(nn.Module):
         """Within, forwards add what each layer's router does to counters, which are yielded.
 
         They stay on the device (`RouterStatistics`, one a layer); padding does not count, nor what
-        `generate` fills up ended requests with. Nested,
-        the inner counters alone count.
+        `generate` fills up ended requests with. Nested, the inner counters alone count.
         """
         blocks = list(self.model.layers)
         before = [block.statistics for block in blocks]
