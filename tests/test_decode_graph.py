@@ -11,7 +11,10 @@ from flexmore_kernels.decode_step import DecodeStep
 from flexmore_kernels.kv_cache import StaticCache
 from flexmore_kernels.sampling import Sampling
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+]
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
