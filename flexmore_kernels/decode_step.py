@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +16,8 @@ from .sampling import Sampling, choose
 WARM_UP = 2
 """Steps that run before a capture: kernels are compiled, libraries set up, in what is no rehearsal
 but the first tokens themselves."""
+LAG = 4
+"""On a GPU, tokens reach the host at most so many steps after their own."""
 
 
 class DecodeStep:
@@ -25,7 +29,8 @@ class DecodeStep:
         cuda_graph: run WARM_UP steps as they are, capture one, replay it from then on. The graph
             holds the weights where they lie: it is of this object, and lives as long.
 
-    tokens (B, 1) int64 and finished (B,) bool are rewritten in place by every step.
+    tokens (B, 1) int64 and finished (B,) bool are rewritten in place by every step. made: tokens
+    that a request got. lag: steps that may be under way when the tokens of one are looked at.
     """
 
     def __init__(
@@ -45,17 +50,25 @@ class DecodeStep:
         self._stops = torch.tensor(list(stops), dtype=torch.int64, device=device)
         self._left = WARM_UP
         self._wants_graph, self._graph = cuda_graph, None
-        self._stream = torch.cuda.Stream(device) if cuda_graph else None
+        self._stream = _side_stream(device, threading.get_ident()) if cuda_graph else None
+        self.lag = LAG if device.type == "cuda" else 0
 
     @torch.no_grad()
     def take(self, logits: Tensor) -> None:
         """The first tokens, from the prompts' last logits (B, 1, V)."""
         tokens = choose(logits[:, -1], self.sampling, self.generator)
         self.tokens = tokens[:, None].clone()
-        self.finished = self._ends(tokens)
+        self.finished, self.made = self._ends(tokens), 1
+        self.cache.ended = self.finished  # what fills up an ended request is not counted
+
+    def run_to(self, made: int) -> None:
+        """Step until each request got so many tokens."""
+        while self.made < made:
+            self()
 
     def __call__(self) -> None:
         """Replace the tokens by the next ones."""
+        self.made += 1
         if not self._wants_graph:
             self._run()
         elif self._graph is not None:
@@ -76,7 +89,9 @@ class DecodeStep:
         if self.generator is not None and self.sampling.temperature:
             graph.register_generator_state(self.generator)
         length = self.cache.length
-        with torch.cuda.device(self._stream.device), torch.cuda.graph(graph):
+        # By default torch captures all graphs on one stream, that of the first device that did.
+        how = {"stream": self._stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.device(self._stream.device), torch.cuda.graph(graph, **how):
             self._run()
         self.cache.length = length  # what is captured has not run
         self._graph = graph
@@ -109,3 +124,12 @@ class DecodeStep:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.tokens.device))
         return event
+
+
+@functools.cache
+def _side_stream(device: torch.device, thread: int) -> torch.cuda.Stream:
+    """One a device: torch keeps cuBLAS's workspace for each stream that ever ran a product.
+
+    And one a thread: what another launched on it during a capture would be captured.
+    """
+    return torch.cuda.Stream(device)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .counters import RouterStatistics
-from .kv_cache import Heads, KVCache, Step, uncached
+from .kv_cache import KVCache, Step, heads_of, uncached
 from .layer import FlexMoRE
 from .model_config import FlexMoREConfig
 from .ops.attention import attend, rotated_heads
@@ -102,8 +102,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: FlexMoREConfig, **kind) -> None:
         super().__init__()
-        self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
-        self.num_experts = config.num_experts
+        self.num_experts, self.heads = config.num_experts, heads_of(config, torch.float32)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, **kind)
         self.layers = nn.ModuleList(
             Block(config, layer, **kind) for layer in range(config.num_hidden_layers)
@@ -113,7 +112,7 @@ class Decoder(nn.Module):
     def forward(self, input_ids, attention_mask, expert_mask, cache, keep) -> Tensor:
         batch, length = input_ids.shape
         h = self.embed_tokens(input_ids)
-        heads = Heads(self.head_dim, self.rope_theta, h.dtype)
+        heads = self.heads._replace(dtype=h.dtype, layers=len(self.layers))
         mask = None if attention_mask is None else attention_mask.to(torch.bool)
         if cache is None:
             step = uncached(mask, length, h.device, heads)
@@ -122,6 +121,10 @@ class Decoder(nn.Module):
             step = cache.begin(mask, batch, length, h.device, heads)
         if expert_mask is not None and expert_mask.dim() == 2:  # one for all tokens of a request
             expert_mask = expert_mask[:, None].expand(-1, length, -1).contiguous()
+        counted = mask
+        if cache is not None and cache.ended is not None and self.layers[0].statistics is not None:
+            alive = ~cache.ended[:, None].expand(batch, length)
+            counted = alive if mask is None else alive & mask
         for layer in self.layers:
-            h = layer(h, step, expert_mask, cache, mask)
+            h = layer(h, step, expert_mask, cache, counted)
         return self.norm(h[:, -keep:])

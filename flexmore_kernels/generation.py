@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from .checks import check_int, check_one_of, check_tensor, checks_values
-from .decode_step import WARM_UP, DecodeStep
+from .decode_step import LAG, WARM_UP, DecodeStep
 from .kv_cache import DynamicCache, KVCache, StaticCache
 from .sampling import Sampling
 
-LAG = 4
-"""On a GPU, tokens reach the host at most so many steps after their own."""
+REPAID = 16
+"""New tokens from which on a capture, which takes about as long as some steps, is worth it."""
 
 
 @torch.no_grad()
@@ -60,11 +60,13 @@ def generate(
         cache: "static" (memory for all tokens at once, what a CUDA graph needs) or "dynamic";
             default: static on a GPU.
         cuda_graph: capture a step once, after two that run as they are, and replay it; default:
-            on a GPU, with a static cache, outside `validation()`.
+            on a GPU, with a static cache, for REPAID new tokens or more. Inside `validation()`, and
+            where no step is left to replay, nothing is captured, whatever is asked.
 
     Returns: (B, S + n): the prompts and n new tokens, where n is `max_new_tokens` or the number at
     which the last request ended. Deterministic (with a generator, given its state). Waits for the
-    device before the first token and, then, only for tokens that are LAG steps old.
+    device before the first token, once where a graph is captured (torch does, as it begins) and
+    otherwise only for tokens that are LAG steps old.
     Raises ValueError or TypeError naming the argument.
     """
     check_tensor("input_ids", input_ids, ("B", "S"), (torch.int64, torch.int32))
@@ -75,10 +77,9 @@ def generate(
     how = Sampling(temperature, top_k, top_p).checked()
     stops, pad = _ends(model.config, eos_token_id, pad_token_id)
     attention_mask = _left_padded(input_ids, attention_mask)
-    if generator is not None and generator.device.type != input_ids.device.type:
-        raise ValueError(
-            f"generator: got one on {generator.device}; accepted: one on {input_ids.device}"
-        )
+    _check_generator(generator, input_ids.device)
+    if expert_mask is not None:
+        check_tensor("expert_mask", expert_mask, None, (torch.bool,))
     if expert_mask is not None and expert_mask.dim() == 3:
         raise ValueError(
             f"expert_mask: got shape {tuple(expert_mask.shape)}; accepted: "
@@ -97,10 +98,12 @@ def generate(
     ids = torch.tensor(stops, dtype=torch.int64)
     for column in _columns(step, max_new_tokens):
         new.append(column)
-        if stream is not None:
-            stream(column)
         ended |= torch.isin(column, ids)
+        if stream is not None:
+            stream(column.clone())
         if bool(ended.all()):
+            # However soon the host saw it: what is drawn must not depend on timing.
+            step.run_to(min(len(new) + step.lag, max_new_tokens))
             break
     return torch.cat([input_ids, torch.stack(new, 1).to(device, input_ids.dtype)], 1)
 
@@ -149,9 +152,19 @@ def _left_padded(input_ids: Tensor, mask: Tensor | None) -> Tensor | None:
         return None
     check_tensor("attention_mask", mask, tuple(input_ids.shape), None, input_ids.device)
     real = mask.to(torch.bool).cpu()
+    if not bool(real.any(1).all()):
+        row = int((~real.any(1)).nonzero()[0])
+        raise ValueError(
+            f"attention_mask: got row {row} without tokens; accepted: at least one in each row"
+        )
     if bool((real[:, :-1] & ~real[:, 1:]).any()) or not bool(real[:, -1].all()):
         raise ValueError("attention_mask: got 0 after a token; accepted: 0 before a row's tokens")
     return None if bool(real.all()) else mask
+
+
+def _check_generator(generator: torch.Generator | None, device: torch.device) -> None:
+    if generator is not None and generator.device != device:
+        raise ValueError(f"generator: got one on {generator.device}; accepted: one on {device}")
 
 
 def _cache(model: Any, kind: str | None, batch: int, length: int, device) -> KVCache:
@@ -170,5 +183,7 @@ def _whether_graph(asked: bool | None, kv: KVCache, ids: Tensor, count: int) -> 
         raise ValueError(
             f"cuda_graph: got True on {ids.device} with {kind} cache; accepted: on cuda, static"
         )
-    # Checks of values wait for the device, which a capture cannot; and few steps do not repay one.
-    return possible and asked is not False and not checks_values(ids) and count > WARM_UP + 2
+    # The first token is the prompt's, the next ones warm up.
+    fewest = WARM_UP + 2 if asked else REPAID
+    # Checks of values wait for the device, which a capture cannot.
+    return possible and asked is not False and not checks_values(ids) and count >= fewest

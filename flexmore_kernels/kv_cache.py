@@ -36,11 +36,19 @@ class Step(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """What of a config a step needs: head_dim and RoPE's theta; the dtype of the model."""
+    """What of a model a step needs: head_dim, RoPE's theta, the dtype; and what a cache is for."""
 
     size: int
     theta: float
     dtype: torch.dtype
+    groups: int  # key-value heads
+    layers: int
+
+
+def heads_of(config: FlexMoREConfig, dtype: torch.dtype) -> Heads:
+    """A model's heads."""
+    layers, groups = config.num_hidden_layers, config.num_key_value_heads
+    return Heads(config.head_dim, config.rope_theta, dtype, groups, layers)
 
 
 def first_positions(mask: Tensor | None, length: int, device: torch.device) -> Tensor:
@@ -69,18 +77,20 @@ def uncached(mask: Tensor | None, length: int, device: torch.device, heads: Head
     """The step of tokens that have no past and leave nothing behind."""
     positions = first_positions(mask, length, device)
     allowed = among_themselves(mask, length)
-    return Step(rotary_table(positions, *heads), allowed, allowed is None)
+    return Step(rotary_table(positions, *heads[:3]), allowed, allowed is None)
 
 
 class KVCache:
     """What both kinds of cache share; use `DynamicCache` or `StaticCache`.
 
     length: columns so far, padding included. expert_mask: None, or the requests' (B, E) bool.
+    ended: None, or bool (B,) on the device: requests whose tokens are no longer counted.
     """
 
     def __init__(self) -> None:
         self.length = 0
         self.expert_mask: Tensor | None = None
+        self.ended: Tensor | None = None
         self._requests: tuple[int, int] | None = None  # B, E
 
     @property
@@ -102,6 +112,8 @@ class KVCache:
 
         A mask given again must be equal, which waits for the device; None means the one there is.
         """
+        if not self.length:  # nothing is stored: what a refused call left does not count
+            self.expert_mask, self._requests = None, None
         if self._requests is not None and self._requests[0] != batch:
             raise ValueError(
                 f"input_ids: got {batch} rows; accepted: {self._requests[0]}, as the cache holds"
@@ -133,7 +145,7 @@ class KVCache:
 
     def reset(self) -> None:
         """Empty the cache for other requests."""
-        self.length, self.expert_mask, self._requests = 0, None, None
+        self.length, self.expert_mask, self.ended, self._requests = 0, None, None, None
 
 
 class DynamicCache(KVCache):
@@ -170,7 +182,7 @@ class DynamicCache(KVCache):
             allowed = _visible(real, columns[past:], columns)
         else:
             allowed = None
-        return Step(rotary_table(positions, *heads), allowed, allowed is None and not past)
+        return Step(rotary_table(positions, *heads[:3]), allowed, allowed is None and not past)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add a layer's new keys and values (B, H, S, d); return those to attend to."""
@@ -216,8 +228,8 @@ class StaticCache(KVCache):
             for layers in (config.num_hidden_layers,) * 2
         )
         self.columns = torch.arange(columns, device=self.keys[0].device)
-        heads = (config.head_dim, config.rope_theta, self.keys[0].dtype)
-        self.rotary = rotary_table(self.columns, *heads)
+        self.heads = heads_of(config, self.keys[0].dtype)
+        self.rotary = rotary_table(self.columns, *self.heads[:3])
         self.real = torch.zeros(batch, columns, dtype=torch.bool, device=self.columns.device)
         self.next = torch.zeros(1, dtype=torch.int64, device=self.columns.device)  # column
         self.position = torch.zeros(batch, 1, dtype=torch.int64, device=self.columns.device)
@@ -225,7 +237,8 @@ class StaticCache(KVCache):
 
     def reset(self) -> None:
         super().reset()
-        for state in (self.real, self.next, self.position):
+        # Keys and values too: a hidden column has weight 0, and 0 times NaN would be NaN.
+        for state in (*self.keys, *self.values, self.real, self.next, self.position):
             state.zero_()
 
     def advance(self, length: int) -> None:
@@ -241,6 +254,12 @@ class StaticCache(KVCache):
         """The step of `length` more tokens of each request; `mask` (B, S) is 0 at padding."""
         if batch != self.batch:
             raise ValueError(f"input_ids: got {batch} rows; accepted: the cache's, {self.batch}")
+        enough = self.heads._replace(layers=min(self.heads.layers, heads.layers))
+        if (heads, device) != (enough, self.real.device):
+            raise ValueError(
+                f"cache: got one on {self.real.device} for {self.heads}; accepted: as the model, "
+                f"on {device} for {heads}"
+            )
         past = self.length
         self.advance(length)
         self._now = self.next + self.columns[:length]

@@ -217,7 +217,11 @@ class _Plan:
 
 
 def largest(fits: Callable[[int], bool], limit: int = 1 << 22) -> int:
-    """The largest number from 1 to `limit` that fits, 0 if none does; more never fits better."""
+    """A number from 1 to `limit` that was tested and fits, 0 if none of those tested does.
+
+    By halving: the largest, where more never fits better. A plan is not quite so (more tokens may
+    take a way that needs less, rank 1 needs less than full-size): it may be a smaller one.
+    """
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2

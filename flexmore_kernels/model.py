@@ -85,6 +85,9 @@ class FlexMoREForCausalLM(nn.Module):
             check_tensor("attention_mask", attention_mask, (batch, length), None, device)
         if expert_mask is not None:
             self._check_expert_mask(expert_mask, batch, length)
+        if cache is not None and not isinstance(cache, KVCache):
+            got = type(cache).__name__
+            raise TypeError(f"cache: got {got}; accepted: DynamicCache(), a StaticCache or None")
         check_int("logits_to_keep", logits_to_keep, 0)
         h = self.model(input_ids, attention_mask, expert_mask, cache, logits_to_keep)
         if self.lm_head is None:
@@ -103,17 +106,19 @@ class FlexMoREForCausalLM(nn.Module):
     def counting(self) -> Iterator[list[RouterStatistics]]:
         """Within, forwards add what each layer's router does to counters, which are yielded.
 
-        They stay on the device (`RouterStatistics`, one a layer); padding does not count.
+        They stay on the device (`RouterStatistics`, one a layer); padding does not count, nor what
+        `generate` fills up ended requests with. Nested, the inner counters alone count.
         """
         blocks = list(self.model.layers)
+        before = [block.statistics for block in blocks]
         for block in blocks:
             weight = block.mlp.gate.weight
             block.statistics = RouterStatistics.zeros(self.config.num_experts, weight.device)
         try:
             yield [block.statistics for block in blocks]
         finally:
-            for block in blocks:
-                block.statistics = None
+            for block, statistics in zip(blocks, before, strict=True):
+                block.statistics = statistics
 
     def prepare(self, merge: Any = "auto") -> list[Prepared]:
         """Prepare every layer for serving: see `FlexMoRE.prepare`; what was copied, one a layer."""

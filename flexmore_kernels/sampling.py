@@ -45,16 +45,20 @@ def choose(logits: Tensor, how: Sampling, generator: torch.Generator | None = No
     """
     if how.temperature == 0:
         return logits.argmax(-1)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / how.temperature
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # The largest becomes 0, which no temperature makes infinite; 1e-30 is greedy, and a float32.
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(how.temperature, 1e-30)
+    # What reaches 1 is all: a rounded sum would cut the last ones.
+    top_p = how.top_p if how.top_p is not None and how.top_p < 1 else None
     ids = None
     if how.top_k is not None and how.top_k < logits.shape[-1]:
         logits, ids = logits.topk(how.top_k, dim=-1)
-    elif how.top_p is not None:
+    elif top_p is not None:
         logits, ids = logits.sort(dim=-1, descending=True, stable=True)
     p = logits.softmax(-1)
-    if how.top_p is not None:
+    if top_p is not None:
         before = p.cumsum(-1) - p  # of those that are likelier
-        beyond = before >= how.top_p
+        beyond = before >= top_p
         beyond[:, 0] = False
         p = p.masked_fill(beyond, 0)
     drawn = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1, keepdim=True)
@@ -64,4 +68,7 @@ def choose(logits: Tensor, how: Sampling, generator: torch.Generator | None = No
 def _check_number(name: str, value: object, accepted: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {value!r}; accepted: {accepted}")
-    return value
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: got an integer beyond float; accepted: {accepted}") from None

@@ -66,17 +66,14 @@ def flex_olmo(transformers, directory, **more):
 
 
 def block_outputs(model, ids):
-    """Of every MoE block the output, and the same after the post-norm; and the logits."""
+    """Of every MoE block the output, and the hidden state after its post-norm; and the logits."""
     found = []
-
-    def keep(module, args, out):
-        # Our norms add the residual, their second argument, too; theirs leave it to the block.
-        found.append(module.forward(args[0]) if len(args) == 2 else out)
-
     hooks = [
-        part.register_forward_hook(keep)
+        part.register_forward_hook(
+            lambda module, args, out: found.append(out[0] if isinstance(out, tuple) else out)
+        )
         for layer in model.model.layers
-        for part in (layer.mlp, layer.post_feedforward_layernorm)
+        for part in (layer.mlp, layer)
     ]
     with torch.no_grad():
         logits = model(ids)

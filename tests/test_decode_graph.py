@@ -11,7 +11,10 @@ from flexmore_kernels.decode_step import DecodeStep
 from flexmore_kernels.kv_cache import StaticCache
 from flexmore_kernels.sampling import Sampling
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+]
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
@@ -41,12 +44,21 @@ def test_decoding_waits_for_old_tokens_only():
         logits = model(ids, cache=cache, logits_to_keep=1)
         step = DecodeStep(model, cache, Sampling(), [1], 0, cuda_graph=True)
         step.take(logits)
+        slot = step.host_buffer()
         step()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        for _ in range(5):
+        without_a_wait(step)
+        step()  # the capture: torch waits as it begins
+        without_a_wait(step)
+        without_a_wait(lambda: step.copy_to(slot))
+        for _ in range(3):
             step()
     assert cache.length == 14 == int(cache.next)
+    assert step.made == 8
+
+
+def without_a_wait(call):
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

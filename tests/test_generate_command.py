@@ -119,6 +119,18 @@ def test_an_end_of_text_ends_a_request(directory, tmp_path, capsys):
     assert capsys.readouterr().out.split() == [str(one) for one in new[:last]]
 
 
+def test_speed_counts_the_tokens_of_those_that_go_on(monkeypatch):
+    ticks = iter((0.0, 1.0, 2.0, 3.0, 4.0))
+    monkeypatch.setattr(generate.time, "perf_counter", lambda: next(ticks))
+    printer = generate._Printer([Pieces(), Pieces()], [7])
+    clock = generate._Clock(printer)
+    for column in ([1, 2], [7, 3], [7, 4], [7, 5]):
+        clock(torch.tensor(column))
+    # After the first step's: 2, 1 and 1 in three seconds.
+    text = "first token after 1000 ms (9 tokens of prompt); then 1.3 tokens/s (1000.00 ms a step"
+    assert clock.speed(2, 9).startswith(text)
+
+
 REFUSED = [
     ((), "prompt: got none"),
     (("text", "--ids", "1"), "prompt: got none, or texts and --ids"),
@@ -127,10 +139,15 @@ REFUSED = [
     (("--ids", "1,256"), r"prompt 0: got \[1, 256\]"),
     (("--ids", "1", "--experts", "0,4"), "--experts: got '0,4'"),
     (("--ids", "1", "--experts", "0,-1"), "--experts: got '0,-1'"),
+    (("--ids", "1", "--experts", "x,1"), "--experts: got 'x,1'; accepted: 0,2,5"),
+    (("--ids", "1", "--experts=--1"), "--experts: got '--1'"),
+    (("--ids", "1", "--experts", ""), "--experts: got ''"),
     (("--ids", "1", "--experts=-0,-1,-2,-3"), "--experts: got '-0,-1,-2,-3'; accepted: what"),
     (("--ids", "1", "--experts", "0", "--experts", "1"), "--experts: got 2; accepted: one, or"),
     (("--ids", "1", "--active", "5"), "--active: got 5; accepted: 1 to 4"),
-    (("--ids", "1", "--top-p", "0"), "top_p: got 0.0"),
+    (("--ids", "1", "--top-p", "0", "--temperature", "1"), "top_p: got 0.0"),
+    (("--ids", "1", "--top-p", "0.9"), "--top-p: got 0.9 without --temperature"),
+    (("--ids", "1", "--top-k", "5", "--temperature", "0"), "--top-k: got 5 without --temperature"),
 ]
 
 

@@ -189,7 +189,12 @@ def test_streaming_does_not_hold_back_on_the_cpu():
 
     with pytest.raises(KeyboardInterrupt):
         model.generate(ids, max_new_tokens=NEW, stream=stop)
-    testing.assert_same(torch.stack(seen, 1), model.generate(ids, max_new_tokens=2)[:, 7:])
+    expected = model.generate(ids, max_new_tokens=2)[:, 7:]
+    testing.assert_same(torch.stack(seen, 1), expected)
+    # What a callback is given is its own.
+    options = {"max_new_tokens": 2, "eos_token_id": [60]}
+    found = model.generate(ids, **options, stream=lambda column: column.fill_(60))
+    testing.assert_same(found, model.generate(ids, **options))
 
 
 def test_counting_counts_what_the_routers_chose():
@@ -204,6 +209,11 @@ def test_counting_counts_what_the_routers_chose():
         assert statistics.tokens == tokens and statistics.load.sum() == 2 * tokens
         assert statistics.load[1] == 0
     assert all(block.statistics is None for block in model.model.layers)
+    with model.counting() as outer:
+        with model.counting() as inner:
+            model(ids)
+        model(ids[:1])
+    assert inner[0].tokens == ids.numel() and outer[0].tokens == ids.shape[1]
 
 
 REFUSED = [
@@ -217,10 +227,12 @@ REFUSED = [
     ({"pad_token_id": -1}, "pad_token_id: got -1"),
     ({"attention_mask": torch.tensor([[1, 0, 1]])}, "attention_mask: got 0 after a token"),
     ({"attention_mask": torch.tensor([[1, 1, 0]])}, "attention_mask: got 0 after a token"),
+    ({"attention_mask": torch.tensor([[0, 0, 0]])}, "attention_mask: got row 0 without tokens"),
     ({"attention_mask": torch.ones(3)}, r"attention_mask: got shape \(3,\)"),
     ({"expert_mask": torch.ones(1, 3, 4).bool()}, r"expert_mask: got shape \(1, 3, 4\)"),
     ({"expert_mask": torch.ones(2, 4).bool()}, r"expert_mask: got shape \(2, 4\)"),
     ({"expert_mask": torch.ones(4)}, "expert_mask: got dtype float32"),
+    ({"expert_mask": [True] * 4}, "expert_mask: got list; accepted: a torch.Tensor"),
     ({"generator": SimpleNamespace(device=torch.device("cuda"))}, "generator: got one on cuda"),
     ({"cache": "paged"}, "cache: got 'paged'"),
     ({"cuda_graph": True}, "cuda_graph: got True on cpu with a dynamic cache"),
@@ -233,6 +245,28 @@ def test_generate_refuses(change, message):
     ids = torch.randint(61, (1, 3))
     with pytest.raises((ValueError, TypeError), match=f"^{message}"):
         make().generate(ids, **({"max_new_tokens": 2} | change))
+
+
+def test_a_generator_of_another_gpu_is_named():
+    devices = [torch.device("cuda", index) for index in range(2)]
+    generation._check_generator(SimpleNamespace(device=devices[1]), devices[1])
+    with pytest.raises(ValueError, match="^generator: got one on cuda:1; accepted: one on cuda:0"):
+        generation._check_generator(SimpleNamespace(device=devices[1]), devices[0])
+
+
+def test_a_graph_is_captured_where_it_repays_or_where_asked():
+    model = make()
+    ids, _ = prompts()
+    cache = StaticCache(model.config, 3, 32)
+    on_gpu = SimpleNamespace(device=torch.device("cuda", 0))
+    fewest = {None: generation.REPAID, True: generation.WARM_UP + 2}
+    for asked, count in fewest.items():
+        assert generation._whether_graph(asked, cache, on_gpu, count)
+        assert not generation._whether_graph(asked, cache, on_gpu, count - 1)
+        with fk.validation():
+            assert not generation._whether_graph(asked, cache, on_gpu, 99)
+    assert not generation._whether_graph(False, cache, on_gpu, 99)
+    assert not generation._whether_graph(None, cache, ids, 99)
 
 
 def test_caches_are_what_generate_makes():

@@ -156,3 +156,55 @@ def test_one_token_at_a_time_by_every_kernel(kernels):
     cache = new_cache("static", model)
     testing.assert_accurate(in_pieces(model, cache, ids, (7, 1, 1), None, experts), whole)
     testing.assert_accurate(in_pieces(model, DynamicCache(), ids, (7, 1, 1), None, experts), whole)
+
+
+def test_a_refused_first_call_leaves_an_empty_cache():
+    model, ids = make(), torch.randint(40, (B, S + 1))
+    cache = new_cache("static", model)
+    for refused in (ids[:1, :2], ids):  # rows, columns
+        with pytest.raises(ValueError, match="^(input_ids: got 1 rows|cache: got 10 columns)"):
+            model(refused, expert_mask=EXPERTS[2], cache=cache)
+        expected = model(ids[:, :S], expert_mask=EXPERTS)
+        testing.assert_accurate(model(ids[:, :S], expert_mask=EXPERTS, cache=cache), expected)
+        assert cache.key == ("1111", "1010", "0001")
+        cache.reset()
+
+
+def test_an_emptied_static_cache_holds_nothing_of_before():
+    """Not even NaN, whose weight would be 0."""
+    model, ids = make(), torch.randint(40, (B, S))
+    cache = new_cache("static", model)
+    model(ids, cache=cache)
+    for tensor in (*cache.keys, *cache.values):
+        tensor.fill_(torch.nan)
+    cache.reset()
+    expected = model(ids[:, :4])
+    testing.assert_accurate(in_pieces(model, cache, ids[:, :4], (2, 1, 1)), expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    (
+        {"dtype": torch.float32},
+        {"device": "meta"},
+        {"num_hidden_layers": 1},
+        {"num_key_value_heads": 4},
+        {"hidden_size": 48},
+        {"rope_theta": 1e4},
+    ),
+    ids=str,
+)
+def test_a_cache_of_another_model_is_named(change):
+    model, ids = make(), torch.randint(40, (B, S))
+    kind = {"dtype": change.get("dtype", torch.float64), "device": change.get("device")}
+    sizes = {name: change[name] for name in change if name not in kind}
+    config = fk.FlexMoREConfig(**(CONFIG | {"num_key_value_heads": 2} | sizes))
+    cache = StaticCache(config, B, S, **kind)
+    with pytest.raises(ValueError, match="^cache: got one on .* for Heads.*; accepted: as the mod"):
+        model(ids, cache=cache)
+    assert cache.length == 0
+    more = StaticCache(fk.FlexMoREConfig(**(CONFIG | {"num_key_value_heads": 2,
+                       "num_hidden_layers": 3})), B, S, dtype=torch.float64)  # fmt: skip
+    testing.assert_accurate(model(ids, cache=more), model(ids))
+    with pytest.raises(TypeError, match="^cache: got dict; accepted: DynamicCache"):
+        model(ids, cache={})

@@ -243,3 +243,17 @@ def test_peak_on_a_gpu(ranks, train):
     planned = plan_memory(config, use)
     expected = planned.peak - planned.optimizer  # no step was made
     assert torch.cuda.max_memory_allocated() == pytest.approx(expected, rel=0.05)
+
+
+def test_what_is_advised_was_tested():
+    """Even where more fits better at times: the search may miss the largest, and not promise it."""
+    tested = {}
+
+    def fits(number):
+        tested[number] = number <= 3 or number % 5 == 0
+        return tested[number]
+
+    for limit in range(1, 40):
+        tested.clear()
+        assert tested.get(memory_plan.largest(fits, limit))
+    assert memory_plan.largest(lambda number: False, 9) == 0

@@ -43,6 +43,13 @@ def run(arguments: argparse.Namespace) -> int:
     from ..checkpoint import load_model, read_layout
     from ..text import Pieces, ids_of, read_tokenizer
 
+    for name in ("top_k", "top_p"):
+        if getattr(arguments, name) is not None and not arguments.temperature:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"{option}: got {getattr(arguments, name)} without --temperature, which is "
+                f"greedy; accepted: {option} with --temperature above 0"
+            )
     device = backend.device_or_default(arguments.device)
     layout = read_layout(arguments.checkpoint)
     if bool(arguments.prompt) == bool(arguments.ids):
@@ -121,8 +128,11 @@ class _Clock:
 
     def __init__(self, printer: _Printer) -> None:
         self.printer, self.begin, self.times = printer, time.perf_counter(), []
+        self.tokens = 0  # after the first step's; of requests that have not ended
 
     def __call__(self, column: Any) -> None:
+        if self.times:
+            self.tokens += len(self.printer.open)
         self.printer.add(column.tolist())
         self.times.append(time.perf_counter())
 
@@ -133,7 +143,7 @@ class _Clock:
         if rest:
             seconds = max(self.times[-1] - self.times[0], 1e-9)
             text += (
-                f"; then {rest * requests / seconds:.1f} tokens/s "
+                f"; then {self.tokens / seconds:.1f} tokens/s "
                 f"({seconds / rest * 1e3:.2f} ms a step, {requests} at once)"
             )
         return text
@@ -162,12 +172,11 @@ def _expert_mask(texts: list[str] | None, prompts: int, num_experts: int) -> Any
 def _allowed(text: str, num_experts: int) -> Any:
     import torch
 
-    from ..text import ids_of
-
     parts = [part.strip() for part in text.split(",")]
     signs = {part.startswith("-") for part in parts}
     without = True in signs
-    numbers = ids_of(",".join(part.removeprefix("-") for part in parts))
+    digits = [part.removeprefix("-") for part in parts]
+    numbers = [int(part) if part.isdecimal() else num_experts for part in digits]
     if len(signs) > 1 or max(numbers) >= num_experts:
         raise ValueError(
             f"--experts: got {text!r}; accepted: 0,2,5 or all with a minus, -3,-4, of experts "

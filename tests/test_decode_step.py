@@ -1,0 +1,131 @@
+"""Steps that make one token a request: what they leave behind, and where a graph is captured.
+
+Traps covered: tokens that reach the host late, ends that it sees at another time in each run, a
+capture on a stream that is another device's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_generation import make, prompts
+
+from flexmore_kernels import decode_step, testing
+from flexmore_kernels.decode_step import LAG, WARM_UP, DecodeStep
+from flexmore_kernels.sampling import Sampling
+
+NEW = 20
+
+
+class Event:
+    """Of a copy that arrives after so many questions."""
+
+    def __init__(self, late):
+        self.late = late
+
+    def query(self):
+        self.late -= 1
+        return self.late < 0
+
+    def synchronize(self):
+        self.late = 0
+
+
+@pytest.fixture(params=((0,), (1, 0, 2), (9,)), ids=str)
+def late(request, monkeypatch):
+    """The CPU as a device whose tokens arrive so late, in turn."""
+    delays, copy, begin = itertools.cycle(request.param), DecodeStep.copy_to, DecodeStep.take
+    monkeypatch.setattr(
+        DecodeStep, "copy_to", lambda step, slot: (copy(step, slot), Event(next(delays)))[1]
+    )
+
+    def take(step, logits):
+        step.lag = LAG
+        begin(step, logits)
+
+    monkeypatch.setattr(DecodeStep, "take", take)
+
+
+def test_what_is_drawn_does_not_depend_on_when_the_host_looks(late):
+    torch.manual_seed(1)
+    model = make()
+    ids, _ = prompts()
+    generator = torch.Generator().manual_seed(3)
+    options = {"max_new_tokens": NEW, "temperature": 1.0, "generator": generator}
+    found = model.generate(ids, eos_token_id=list(range(40)), **options)
+    made = found.shape[1] - ids.shape[1]
+    assert 1 < made < NEW - LAG
+    # As many draws as tokens, and those of the steps that may have been under way.
+    again = torch.Generator().manual_seed(3)
+    model.generate(
+        ids, **(options | {"generator": again, "max_new_tokens": made + LAG}), eos_token_id=()
+    )
+    testing.assert_same(generator.get_state(), again.get_state())
+
+
+def test_a_requests_end_ends_its_tokens_for_the_counters(late):
+    """As many as of each request alone, however many steps ran to fill up the batch."""
+    model = make()
+    ids, mask = prompts()
+    stops = model.generate(ids, attention_mask=mask, max_new_tokens=2)[0, -1:].tolist()
+    with model.counting() as together:
+        found = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, eos_token_id=stops)
+    tokens, load = 0, 0
+    for row in range(len(ids)):
+        real = ids[row : row + 1, -int(mask[row].sum()) :]
+        with model.counting() as alone:
+            model.generate(real, max_new_tokens=NEW, eos_token_id=stops)
+        tokens, load = tokens + alone[0].tokens, load + alone[0].load
+    assert int(tokens) < int(mask.sum()) + found[:, 7:].numel() - len(ids)
+    testing.assert_same(together[0].tokens, tokens)
+    testing.assert_same(together[0].load, load)
+
+
+class Calls(list):
+    def context(self, name):
+        @contextlib.contextmanager
+        def enter(*given, **options):
+            self.append((name, given, options))
+            yield
+
+        return enter
+
+
+def test_a_capture_is_on_a_stream_of_its_device(monkeypatch):
+    """One a device, for all that generate there, and the one that the first steps ran on."""
+    calls = Calls()
+    for name in ("stream", "device", "graph"):
+        monkeypatch.setattr(torch.cuda, name, calls.context(name))
+
+    def stream(device):
+        return SimpleNamespace(device=device, wait_stream=lambda other: None)
+
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    decode_step._side_stream.cache_clear()
+    weight = torch.zeros(5, 1)
+
+    def model(ids, **_):
+        return torch.randn(len(ids), 1, 5)
+
+    model.model = SimpleNamespace(embed_tokens=SimpleNamespace(weight=weight))
+    steps = []
+    for _ in range(2):
+        cache = SimpleNamespace(length=3, advance=lambda length: None)
+        steps.append(DecodeStep(model, cache, Sampling(), [], 0, cuda_graph=True))
+        steps[-1].take(torch.randn(2, 1, 5))
+        steps[-1].run_to(2 + WARM_UP)
+    decode_step._side_stream.cache_clear()
+    assert steps[0]._stream is steps[1]._stream
+    graphs = [options for name, _, options in calls if name == "graph"]
+    warm = [given[0] for name, given, _ in calls if name == "stream"]
+    assert len(graphs) == 2 and len(warm) == 2 * WARM_UP
+    assert all(one is steps[0]._stream for one in warm)
+    for options in graphs:
+        assert options["stream"] is steps[0]._stream
+        assert options["capture_error_mode"] == "thread_local"
