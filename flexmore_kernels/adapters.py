@@ -148,6 +148,10 @@ class Adapter:
                 b = b.chunk(2)[place.projection == "up"]
         return LowRankDelta(a, b, self.config.scale_of(path))
 
+    def is_low_rank(self, name: str) -> bool:
+        """Whether what the adapter changes of another tensor is a delta, no tensor in its place."""
+        return name in self._low_rank
+
     def other(self, name: str) -> LowRankDelta | Tensor:
         """What the adapter adds to another tensor, or the tensor that stands in its place."""
         if name in self._full:
