@@ -198,7 +198,10 @@ class Adapter:
         if not path.startswith(("model.", "lm_head.")):
             path = f"model.{path}"  # of the decoder without its head
         if match := _SIDE.fullmatch(path):
-            self._pairs.setdefault(match.group(1), {})[match.group(3)] = key
+            sides = self._pairs.setdefault(match.group(1), {})
+            if match.group(3) in sides:
+                raise self._error(key, f"a second one beside {sides[match.group(3)]}")
+            sides[match.group(3)] = key
         elif path.endswith(".base_layer.weight") and ".mlp.experts" not in path:
             self.copies[path.replace(".base_layer.weight", ".weight")] = key
         elif ".lora_" in path or "magnitude" in path or not path.endswith(".weight"):
@@ -236,6 +239,8 @@ class Adapter:
             raise self._error(module, reason)
         for place in places:
             self._fits(place, module, (out, width), bool(_FUSED.fullmatch(module)))
+            if place in self._places:
+                raise self._error(module, f"a second delta of {place}")
             self._places[place] = (module, path)
 
     def _fused(self, match: re.Match, shape: tuple[int, int]) -> tuple[list[Place], str, int]:
