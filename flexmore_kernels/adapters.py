@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .adapter_config import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
+from .checks import FLOATS
 
 _DENSE = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate|up|down)_proj")
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj")
@@ -176,11 +177,14 @@ class Adapter:
         return self._file.get_tensor(self.copies[name])
 
     def check_finite(self) -> None:
-        """Read every tensor; ValueError names one that holds NaN, Inf or integers."""
+        """Read every tensor; ValueError names one that holds NaN or Inf, or is of another dtype."""
         for key in self._shapes:
             tensor = self._file.get_tensor(key)
-            if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
-                raise self._error(key, "holds NaN, Inf or integers; accepted: finite floats")
+            if tensor.dtype not in FLOATS:
+                accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+                raise self._error(key, f"holds {tensor.dtype}; accepted: {accepted}")
+            if not bool(tensor.isfinite().all()):
+                raise self._error(key, "holds NaN or Inf; accepted: finite floats")
 
     def _error(self, what: str, reason: str) -> ValueError:
         return ValueError(f"{self.directory}: {what}: {reason}")
