@@ -31,6 +31,7 @@ from ..layer import FlexMoRE
 from ..ops.routing import Routing
 from ..storage import Weight
 from .cache_mask import check_mask_of, keep_mask
+from .children import children_of
 from .configuration import FlexMoREConfig
 
 
@@ -92,7 +93,7 @@ class FlexMoRESparseMoeBlock(FlexMoRE):
             if isinstance(child, Weight):
                 # For `_init_weights`, which sees a module without its name.
                 child.side = name[-1] if name.endswith(("_a", "_b")) else "full"
-        self._children: tuple[nn.Module, ...] | None = None
+        self._children: tuple[tuple[dict, str, nn.Module], ...] | None = None
 
     def forward(
         self,
@@ -101,9 +102,10 @@ class FlexMoRESparseMoeBlock(FlexMoRE):
         expert_mask: Tensor | None = None,
         return_routing: bool = False,
     ) -> Tensor | tuple[Tensor, Routing]:
-        if self._children is None:
-            self._children = tuple(self.modules())[1:]  # a walk for each token is slow
-        hooked = [module for module in self._children if _is_hooked(module)]
+        kept = self._children  # a walk for each token is slow
+        if kept is None or not all(own.get(name) is module for own, name, module in kept):
+            self._children = kept = children_of(self)
+        hooked = [module for _, _, module in kept if _is_hooked(module)]
         for module in hooked:
             module._hf_hook.pre_forward(module)
         try:
