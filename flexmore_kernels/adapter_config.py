@@ -95,8 +95,11 @@ def read_adapter_config(directory: str | os.PathLike) -> AdapterConfig:
         if any(type(entry) is not int or entry < 1 for entry in entries):
             raise ValueError(f"{path}: {name} is {values.get(name)!r}; accepted: integers >= 1")
     for name, entries in (("lora_alpha", [alpha]), ("alpha_pattern", alphas.values())):
-        if any(isinstance(e, bool) or not isinstance(e, (int, float)) for e in entries):
-            raise ValueError(f"{path}: {name} is {values.get(name)!r}; accepted: numbers")
+        if any(type(e) not in (int, float) or not math.isfinite(e) for e in entries):
+            raise ValueError(f"{path}: {name} is {values.get(name)!r}; accepted: finite numbers")
+    if not isinstance(values.get("use_rslora", False), bool):
+        found = values["use_rslora"]
+        raise ValueError(f"{path}: use_rslora is {found!r}; accepted: true, false")
     return AdapterConfig(
         directory,
         rank,
@@ -144,8 +147,13 @@ def _pattern(path: Path, values: Mapping[str, Any], name: str) -> dict[str, Any]
 
 
 def _by_pattern(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
-    """The first entry whose key is the path, or a regular expression of its end after a dot."""
+    """The first entry whose key is the path, or a regular expression of its end after a dot.
+
+    An adapter that was made on the decoder without its head knew paths without "model.".
+    """
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", path):
+        if re.match(rf"(.*\.)?({key})$", path) or re.match(
+            f"({key})$", path.removeprefix("model.")
+        ):
             return value
     return default

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -211,7 +211,7 @@ class _Import:
         b = torch.cat([b.to(acc) for _, b in pairs], 1)
         short = shortest(a, b)
         dtype = self.dtype or like.dtype
-        return None if short is None else (short[0].to(dtype), short[1].to(dtype))
+        return None if short is None else (_finite(short[0].to(dtype)), _finite(short[1].to(dtype)))
 
     def _router(self, layer: int, tensors: dict[str, Tensor]) -> None:
         name = f"{mlp_prefix(layer)}gate.weight"
@@ -263,19 +263,30 @@ def _added(weight: Tensor, pairs: Sequence[Factors]) -> Tensor:
     total = weight.to(accumulator(weight))
     for a, b in pairs:
         total = total + b.to(total.dtype) @ a.to(total.dtype)
-    return total.to(weight.dtype)
+    return _finite(total.to(weight.dtype))
+
+
+def _finite(result: Tensor) -> Tensor:
+    """The tensor; ValueError for a sum or a scaled factor that its dtype cannot hold."""
+    if not bool(result.isfinite().all()):
+        raise ValueError(
+            f"adapters: a delta, scaled, is beyond {result.dtype}; accepted: a smaller lora_alpha, "
+            "or a wider dtype"
+        )
+    return result
 
 
 def _base_notes(source: BaseCheckpoint, adapters: Sequence[Adapter]) -> list[str]:
     """Where names say that adapters were trained on another base than this, or than each other."""
-    named: Mapping[str, str] = {a.name: a.config.base for a in adapters if a.config.base}
+    # Pairs: two adapters may bear the same name.
+    named = [(a.name, a.config.base) for a in adapters if a.config.base]
     directory = source.layout.directory.resolve()
     own = source.layout.config.get("_name_or_path") or str(directory)
-    if len({Path(base).name for base in named.values()}) > 1:
-        told = ", ".join(f"{name}: {base}" for name, base in named.items())
+    if len({Path(base).name for _, base in named}) > 1:
+        told = ", ".join(f"{name}: {base}" for name, base in named)
         raise ValueError(f"adapters: for different bases ({told}); accepted: one base for all")
     return [
         f"{name}: trained on {base}, by its name; the base here is {own}"
-        for name, base in named.items()
+        for name, base in named
         if Path(base).name != Path(own).name
     ]

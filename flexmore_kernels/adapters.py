@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .adapter_config import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
+from .checks import FLOATS
 
 _DENSE = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate|up|down)_proj")
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj")
@@ -148,6 +149,10 @@ class Adapter:
                 b = b.chunk(2)[place.projection == "up"]
         return LowRankDelta(a, b, self.config.scale_of(path))
 
+    def is_low_rank(self, name: str) -> bool:
+        """Whether what the adapter changes of another tensor is a delta, no tensor in its place."""
+        return name in self._low_rank
+
     def other(self, name: str) -> LowRankDelta | Tensor:
         """What the adapter adds to another tensor, or the tensor that stands in its place."""
         if name in self._full:
@@ -172,11 +177,14 @@ class Adapter:
         return self._file.get_tensor(self.copies[name])
 
     def check_finite(self) -> None:
-        """Read every tensor; ValueError names one that holds NaN, Inf or integers."""
+        """Read every tensor; ValueError names one that holds NaN or Inf, or is of another dtype."""
         for key in self._shapes:
             tensor = self._file.get_tensor(key)
-            if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
-                raise self._error(key, "holds NaN, Inf or integers; accepted: finite floats")
+            if tensor.dtype not in FLOATS:
+                accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+                raise self._error(key, f"holds {tensor.dtype}; accepted: {accepted}")
+            if not bool(tensor.isfinite().all()):
+                raise self._error(key, "holds NaN or Inf; accepted: finite floats")
 
     def _error(self, what: str, reason: str) -> ValueError:
         return ValueError(f"{self.directory}: {what}: {reason}")
@@ -194,7 +202,10 @@ class Adapter:
         if not path.startswith(("model.", "lm_head.")):
             path = f"model.{path}"  # of the decoder without its head
         if match := _SIDE.fullmatch(path):
-            self._pairs.setdefault(match.group(1), {})[match.group(3)] = key
+            sides = self._pairs.setdefault(match.group(1), {})
+            if match.group(3) in sides:
+                raise self._error(key, f"a second one beside {sides[match.group(3)]}")
+            sides[match.group(3)] = key
         elif path.endswith(".base_layer.weight") and ".mlp.experts" not in path:
             self.copies[path.replace(".base_layer.weight", ".weight")] = key
         elif ".lora_" in path or "magnitude" in path or not path.endswith(".weight"):
@@ -232,6 +243,8 @@ class Adapter:
             raise self._error(module, reason)
         for place in places:
             self._fits(place, module, (out, width), bool(_FUSED.fullmatch(module)))
+            if place in self._places:
+                raise self._error(module, f"a second delta of {place}")
             self._places[place] = (module, path)
 
     def _fused(self, match: re.Match, shape: tuple[int, int]) -> tuple[list[Place], str, int]:

@@ -168,6 +168,22 @@ def test_missing_tensors(tmp_path):
     assert found.model.layers[1].mlp.gate.weight.isfinite().all()
 
 
+def test_factors_that_are_no_pair(tmp_path):
+    """A factor that is not there, or a whole matrix beside two, is not a delta of zero."""
+    make().save_pretrained(tmp_path)
+    whole, name = load_file(tmp_path / "model.safetensors"), "model.layers.1.mlp.experts.3.up_proj"
+    for change, got in (
+        ({f"{name}_b.weight": None}, r"_a \(5\)"),
+        ({f"{name}_a.weight": None}, r"_b \(5\)"),
+        ({f"{name}.weight": torch.zeros(48, 32)}, r"whole \(48\), _a \(5\), _b \(5\)"),
+        ({f"{name}_b.weight": torch.zeros(48, 4)}, r"_a \(5\), _b \(4\)"),
+    ):
+        state = {key: tensor for key, tensor in (whole | change).items() if tensor is not None}
+        save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=f"^{name}: got {got}; accepted: whole, or"):
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
 def test_initialisation():
     model = hf.FlexMoREForCausalLM(hf.FlexMoREConfig(**SIZES, expert_ranks=RANKS,
                                                      initializer_range=0.5))  # fmt: skip

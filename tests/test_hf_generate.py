@@ -104,6 +104,33 @@ def test_a_cache_keeps_its_mask():
         model(ids, expert_mask=masks[:, :3])
 
 
+@pytest.mark.parametrize("how", ["a tuple", "by the decoder", "in inference mode"])
+def test_however_a_cache_was_filled_it_keeps_its_mask(how):
+    model, ids = make(), some_ids()
+    with torch.inference_mode(how == "in inference mode"), torch.no_grad():
+        mask = torch.tensor([[True, False, True, False], [True] * 4])
+        before = mask.clone()
+        filled = model.model if how == "by the decoder" else model
+        output = filled(ids, expert_mask=mask, use_cache=True, return_dict=how != "a tuple")
+        cache = output[1] if how == "a tuple" else output.past_key_values
+        assert type(output) is tuple or how != "a tuple"
+        for other in (None, mask):
+            mask[:] = True
+            for each in (model, model.model):
+                with pytest.raises(ValueError, match="^expert_mask: got .* with a cache of"):
+                    each(ids[:, :1], past_key_values=cache, expert_mask=other)
+        found = model(ids[:, :1], past_key_values=cache, expert_mask=before).logits
+        whole = model(torch.cat([ids, ids[:, :1]], 1), expert_mask=before).logits[:, -1:]
+        torch.testing.assert_close(found, whole)
+
+
+def test_a_batch_of_requests_takes_no_mask():
+    """It would be ignored: requests come and go between its forwards."""
+    model = make()
+    with pytest.raises(ValueError, match=r"^expert_mask: got a mask for generate_batch"):
+        model.generate_batch(inputs=[[3, 5]], expert_mask=torch.ones(4, dtype=torch.bool))
+
+
 def test_continuous_batching_runs_a_swapped_model():
     """What `transformers serve` runs: requests of different lengths, paged attention."""
     model = hf.swap_experts(make_stock(), [0, 4, 0, 32])

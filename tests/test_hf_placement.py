@@ -44,6 +44,21 @@ def test_offloaded_to_the_cpu():
     assert {p.device.type for p in offloaded.parameters()} == {"meta"}
 
 
+@pytest.mark.parametrize("name", ["experts.0.gate_proj", "mlp.gate"])
+@pytest.mark.parametrize("used", [False, True])
+def test_lora_on_what_the_kernels_read_is_refused(name, used):
+    """It would have no effect: nobody calls the module that PEFT wraps."""
+    peft = pytest.importorskip("peft")
+    model, ids = make(), some_ids()
+    if used:
+        model(ids)
+    options = {"r": 2, "target_modules": [], "target_parameters": [f"{name}.weight"]}
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**options))
+    with pytest.raises(ValueError, match=f"{name.removeprefix('mlp.')}: got PEFT's ParamWrapper"):
+        wrapped(ids)
+    assert wrapped.unload()(ids).logits.isfinite().all()
+
+
 def test_device_map_with_a_layer_on_disk(tmp_path):
     pytest.importorskip("accelerate")
     model, ids = make(RAGGED), some_ids()

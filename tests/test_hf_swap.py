@@ -154,13 +154,23 @@ def bad(name):
         "half": ({"weights": {first: given[first]}}, "weights: .*gate_proj_b.weight is missing"),
         "shape": ({"weights": given | {first: torch.zeros(3, 5)}}, f"weights: {first}: got shape"),
         "place": ({"expert_ranks": [0] * 4, "weights": given}, "weights: .* has no place"),
+        "no svd": ({"expert_ranks": [0] * 4, "method": "fast"}, "method: got 'fast'"),
+        "prefix": (
+            {"weights": given | {"layers.0.mlp.gate.weight": torch.zeros(4, 32)}},
+            "weights: got layers.0.mlp.gate.weight; accepted",
+        ),
+        "layer": (
+            {"weights": given | {"model.layers.2.mlp.gate.weight": torch.zeros(4, 32)}},
+            "weights: got model.layers.2.mlp.gate.weight; accepted",
+        ),
         "type": ({"weights": [1]}, "weights: got list; accepted: a mapping"),
     }
     return stock, *cases[name]
 
 
-@pytest.mark.parametrize("name", ["no ranks", "entries", "rank", "method", "NaN", "meta", "half",
-                                  "shape", "place", "type"])  # fmt: skip
+@pytest.mark.parametrize("name", ["no ranks", "entries", "rank", "method", "NaN", "meta",
+                                  "half", "shape", "place", "no svd", "prefix", "layer",
+                                  "type"])  # fmt: skip
 def test_a_refused_call_changes_nothing(name):
     stock, arguments, message = bad(name)
     blocks = [layer.mlp for layer in stock.model.layers]

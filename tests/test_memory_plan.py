@@ -199,8 +199,9 @@ def test_command(tmp_path, capsys):
     assert "does not fit 80.00 GB" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match="nowhere"):
         call(tmp_path / "nowhere", "--tokens", 8)
-    with pytest.raises(SystemExit):
-        call(path, "--tokens", 8, "--gpu", "big")
+    for size in ("big", "1e400"):
+        with pytest.raises(SystemExit):
+            call(path, "--tokens", 8, "--gpu", size)
 
 
 @pytest.mark.parametrize(

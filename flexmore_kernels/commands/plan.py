@@ -118,7 +118,7 @@ def _bytes(text: str) -> int:
     match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([KMGT]?)i?B?\s*", text, re.IGNORECASE)
     try:
         found = int(float(match.group(1)) * _UNITS[match.group(2).upper()]) if match else 0
-    except ValueError:
+    except (ValueError, OverflowError):
         found = 0
     if found < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}; accepted: 24GB, 80GB, 500MB")

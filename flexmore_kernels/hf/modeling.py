@@ -30,6 +30,8 @@ from .. import ops
 from ..layer import FlexMoRE
 from ..ops.routing import Routing
 from ..storage import Weight
+from .cache_mask import check_mask_of, keep_mask
+from .children import children_of
 from .configuration import FlexMoREConfig
 
 
@@ -91,7 +93,7 @@ class FlexMoRESparseMoeBlock(FlexMoRE):
             if isinstance(child, Weight):
                 # For `_init_weights`, which sees a module without its name.
                 child.side = name[-1] if name.endswith(("_a", "_b")) else "full"
-        self._children: tuple[nn.Module, ...] | None = None
+        self._children: tuple[tuple[dict, str, nn.Module], ...] | None = None
 
     def forward(
         self,
@@ -100,9 +102,10 @@ class FlexMoRESparseMoeBlock(FlexMoRE):
         expert_mask: Tensor | None = None,
         return_routing: bool = False,
     ) -> Tensor | tuple[Tensor, Routing]:
-        if self._children is None:
-            self._children = tuple(self.modules())[1:]  # a walk for each token is slow
-        hooked = [module for module in self._children if _is_hooked(module)]
+        kept = self._children  # a walk for each token is slow
+        if kept is None or not all(own.get(name) is module for own, name, module in kept):
+            self._children = kept = children_of(self)
+        hooked = [module for _, _, module in kept if _is_hooked(module)]
         for module in hooked:
             module._hf_hook.pre_forward(module)
         try:
@@ -204,6 +207,35 @@ class FlexMoREModel(FlexMoREPreTrainedModel, FlexOlmoModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        expert_mask: Tensor | None = None,
+        **kwargs: Any,
+    ):
+        """As transformers' FlexOlmo; `expert_mask` as `FlexMoREForCausalLM.forward`."""
+        check_mask_of(past_key_values, expert_mask)
+        if expert_mask is not None:
+            kwargs["expert_mask"] = expert_mask
+        as_dict = kwargs.pop("return_dict", getattr(self.config, "return_dict", True))
+        output = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        keep_mask(output.past_key_values, expert_mask)
+        return output.to_tuple() if as_dict is False else output
+
 
 class FlexMoREForCausalLM(FlexMoREPreTrainedModel, FlexOlmoForCausalLM):
     """The language model, for `AutoModelForCausalLM`, `generate` and `Trainer`."""
@@ -235,12 +267,11 @@ class FlexMoREForCausalLM(FlexMoREPreTrainedModel, FlexOlmoForCausalLM):
 
         expert_mask is bool (E,), (B, E) or (B, S, E) and holds for every layer. A request keeps its
         mask for its life: another one with the same cache raises ValueError. To `generate` give
-        (B, E), which it repeats for beams.
+        (B, E), which it repeats for beams; `generate_batch` takes none.
         """
-        _check_mask_of(past_key_values, expert_mask)
         if expert_mask is not None:
             kwargs["expert_mask"] = expert_mask
-        output = super().forward(
+        return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -252,26 +283,12 @@ class FlexMoREForCausalLM(FlexMoREPreTrainedModel, FlexOlmoForCausalLM):
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
-        cache = getattr(output, "past_key_values", None)
-        if cache is not None and not torch.compiler.is_compiling():
-            cache.expert_mask = expert_mask
-        return output
 
-
-def _check_mask_of(cache: Any, expert_mask: Tensor | None) -> None:
-    """Raise if the cache's keys and values were computed under another mask."""
-    if cache is None or torch.compiler.is_compiling():
-        return
-    before = getattr(cache, "expert_mask", expert_mask)
-    if before is expert_mask:
-        return
-    same = None not in (before, expert_mask) and before.shape == expert_mask.shape
-    if not (same and torch.equal(before, expert_mask)) and int(cache.get_seq_length()) > 0:
-        raise ValueError(
-            f"expert_mask: got {_name(expert_mask)} with a cache of {_name(before)}; accepted: the "
-            "mask that the cache was filled under"
-        )
-
-
-def _name(mask: Tensor | None) -> str:
-    return "no mask" if mask is None else f"a mask {mask.tolist()}"
+    def generate_batch(self, *args: Any, **kwargs: Any):
+        """As transformers', which has no place for a mask of each request: `expert_mask` raises."""
+        if kwargs.pop("expert_mask", None) is not None:
+            raise ValueError(
+                "expert_mask: got a mask for generate_batch, which would not apply it; accepted: "
+                "generate(..., expert_mask=)"
+            )
+        return super().generate_batch(*args, **kwargs)

@@ -64,17 +64,19 @@ def swap_experts(
     if type(model) not in _BECOMES:
         accepted = ", ".join(cls.__name__ for cls in _BECOMES)
         raise TypeError(f"model: got {type(model).__name__}; accepted: {accepted}")
+    decompose = _decomposition(method)
     decoder = getattr(model, model.base_model_prefix, model)
     for layer, block in enumerate(decoder.layers):
         _check_block(f"model.layers.{layer}.mlp", block.mlp, model.config)
     source = _Source(weights)
+    _check_names(source.tensors, decoder)
     if expert_ranks is None:
         if weights is None:
             raise ValueError("expert_ranks: got None without weights; accepted: ranks, or weights")
         expert_ranks = [source.ranks(layer, model.config) for layer in range(len(decoder.layers))]
     config = _config(model.config, expert_ranks)
     lacking = [_check_layer(source, i, block.mlp, config) for i, block in enumerate(decoder.layers)]
-    factors = _decomposition(method) if any(lacking) else None
+    factors = decompose if any(lacking) else None
     with torch.device("meta"):
         like = _BECOMES[type(model)](config)
     blocks = getattr(like, like.base_model_prefix, like).layers
@@ -118,6 +120,18 @@ class _Source:
 
         found = [[entry(e, p) for p in PROJECTIONS] for e in range(config.num_experts)]
         return [0 if own == ["full"] * 3 else own for own in found]
+
+
+def _check_names(given: Mapping[str, Tensor], decoder: nn.Module) -> None:
+    """Raise for a tensor that nothing reads; those outside the blocks, as of a whole state_dict,
+    are the model's own and stay."""
+    blocks = tuple(f"model.layers.{layer}.mlp." for layer in range(len(decoder.layers)))
+    rest = {f"model.{name}" for name in decoder.state_dict()} | {"lm_head.weight"}
+    for name in given:
+        if not name.startswith(blocks) and name not in rest:
+            raise ValueError(
+                f"weights: got {name}; accepted: model.layers.{{l}}.mlp.* of {len(blocks)} layers"
+            )
 
 
 def _check_block(name: str, block: nn.Module, config: Any) -> None:
