@@ -249,9 +249,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str) ->
 
 def write_json(path: Path, value: Any) -> None:
     """A JSON file, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, whole or not at all; what a kill leaves, the next call writes over."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.write_text(text)
         _settle(temporary)
         os.replace(temporary, path)
     except BaseException:

@@ -33,6 +33,13 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, else float32")
 
 
+def add_compat(parser: argparse.ArgumentParser) -> None:
+    """--compat."""
+    parser.add_argument(
+        "--compat", action="store_true", help="one rank an expert, zero-padded: for plain readers"
+    )
+
+
 def experts(text: str) -> list[int]:
     """An argument's experts, as 2,5."""
     return [int(part) for part in text.split(",")]

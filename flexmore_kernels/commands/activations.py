@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import add_device, positive
+from . import add_device, positive, progress
 
 NAME, HELP = "activations", "gather from text what `convert --activations` weighs errors by"
 
@@ -43,6 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     from .. import backend
     from ..checkpoint import load_model, read_layout
     from ..conversion.activations import gather
+    from ..progress import Progress
 
     text, out = Path(arguments.text), Path(arguments.out)
     if out.is_dir() or any(parent.is_file() for parent in out.parents):
@@ -53,12 +52,12 @@ def run(arguments: argparse.Namespace) -> int:
     read = _ids_of_lines if text.suffix == ".jsonl" else _ids_of_text
     sequences = _cut(read(text, layout), arguments.tokens, arguments.length)
     model = load_model(layout, device, getattr(torch, dtype))
-    progress = _Progress(-(-len(sequences) // arguments.batch))
+    so_far = Progress(-(-len(sequences) // arguments.batch), progress(NAME))
     found = gather(
         model,
         _batches(sequences, arguments.batch, device),
         hidden=arguments.hidden,
-        progress=progress,
+        progress=lambda done: so_far.done(1, f"batch {done}"),
     )
     found.save(out)
     tokens = sum(map(len, sequences))
@@ -116,18 +115,3 @@ def _batches(sequences: list[list[int]], size: int, device: str) -> Iterator[tup
         ids = [row + [0] * (longest - len(row)) for row in rows]
         mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
         yield torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-class _Progress:
-    """A line every few seconds on stderr: batches done, and how much time is left."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.start = total, time.monotonic()
-        self.last = self.start
-
-    def __call__(self, done: int) -> None:
-        now = time.monotonic()
-        if now - self.last >= 5 and done < self.total:
-            self.last = now
-            left = (now - self.start) / done * (self.total - done)
-            print(f"{done} of {self.total} batches, {left:.0f} s left", file=sys.stderr)

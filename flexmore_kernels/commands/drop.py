@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from . import describe, experts, progress
+from . import add_compat, describe, experts, progress
 
 NAME, HELP = "drop", "a checkpoint without some of its experts"
 
@@ -15,9 +15,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--experts", type=experts, required=True, metavar="E,E", help="those to leave out, as 2,5"
     )
-    parser.add_argument(
-        "--compat", action="store_true", help="one rank an expert, zero-padded: for plain readers"
-    )
+    add_compat(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

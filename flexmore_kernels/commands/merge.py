@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from . import describe, positive, progress
+from . import add_compat, describe, positive, progress
 
 NAME, HELP = "merge", "one checkpoint of the experts of several"
 
@@ -20,9 +20,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mixed", action="store_true", help="accept model types flexmore and flex_olmo together"
     )
-    parser.add_argument(
-        "--compat", action="store_true", help="one rank an expert, zero-padded: for plain readers"
-    )
+    add_compat(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

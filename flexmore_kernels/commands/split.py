@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from . import describe, progress
+from . import add_compat, describe, progress
 
 NAME, HELP = "split", "a checkpoint of the base and one expert, for each expert"
 
@@ -12,9 +12,7 @@ NAME, HELP = "split", "a checkpoint of the base and one expert, for each expert"
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC")
     parser.add_argument("out", metavar="DST", help="directory for DST/expert-1 and on")
-    parser.add_argument(
-        "--compat", action="store_true", help="one rank an expert, zero-padded: for plain readers"
-    )
+    add_compat(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -152,17 +152,6 @@ def read_report(directory: str | os.PathLike) -> Report:
     return Report(**fields)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all; what a kill leaves, the next call writes over."""
-    partial = path.with_name(f"{path.name}.tmp")
-    try:
-        partial.write_text(text)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
 def relative(pairs: Iterable[tuple[float, float]]) -> float:
     """sqrt(sum error^2 / sum norm^2) of (error, norm); 0 where there is no difference at all."""
     errors, norms = zip(*pairs, strict=True)

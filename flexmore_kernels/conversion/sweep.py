@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from ..checkpoint_layout import Layout
+from ..checkpoint_writer import write_text
 from .convert import check_rule, fingerprint_of, open_target, run
 from .picture import draw_choices, scaled
 from .recover import AnyRule, read_rule
-from .report import REPORT_FILE, Report, aligned, rank_span, read_report, write_text
+from .report import REPORT_FILE, Report, aligned, rank_span, read_report
 from .spectra import Say, forget
 from .targets import Target
 from .work import prepare
