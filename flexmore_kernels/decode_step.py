@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .kv_cache import KVCache
+from .ops.decoding import settle
 from .sampling import Sampling, choose
 
 WARM_UP = 2
@@ -56,9 +57,10 @@ class DecodeStep:
     @torch.no_grad()
     def take(self, logits: Tensor) -> None:
         """The first tokens, from the prompts' last logits (B, 1, V)."""
-        tokens = choose(logits[:, -1], self.sampling, self.generator)
-        self.tokens = tokens[:, None].clone()
-        self.finished, self.made = self._ends(tokens), 1
+        chosen = choose(logits[:, -1], self.sampling, self.generator)
+        self.tokens = torch.empty_like(chosen)[:, None]
+        self.finished, self.made = torch.zeros_like(chosen, dtype=torch.bool), 1
+        settle(chosen, self.tokens, self.finished, self._stops, self.pad)
         self.cache.ended = self.finished  # what fills up an ended request is not counted
 
     def run_to(self, made: int) -> None:
@@ -103,13 +105,8 @@ class DecodeStep:
     @torch.no_grad()
     def _run(self) -> None:
         logits = self.model(self.tokens, cache=self.cache, logits_to_keep=1)
-        tokens = choose(logits[:, -1], self.sampling, self.generator)
-        tokens = tokens.masked_fill(self.finished, self.pad)
-        self.finished |= self._ends(tokens)
-        self.tokens.copy_(tokens[:, None])
-
-    def _ends(self, tokens: Tensor) -> Tensor:
-        return (tokens[:, None] == self._stops).any(1)
+        chosen = choose(logits[:, -1], self.sampling, self.generator)
+        settle(chosen, self.tokens, self.finished, self._stops, self.pad)
 
     def host_buffer(self) -> Tensor:
         """Room for one step's tokens (B,) on the CPU, that the device can write to by itself."""

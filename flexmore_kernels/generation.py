@@ -163,7 +163,11 @@ def _left_padded(input_ids: Tensor, mask: Tensor | None) -> Tensor | None:
 
 
 def _check_generator(generator: torch.Generator | None, device: torch.device) -> None:
-    if generator is not None and generator.device != device:
+    if generator is None:
+        return
+    # Of torch.Generator("cuda") the device has no index, and is the current one.
+    index = generator.device.index
+    if generator.device.type != device.type or index not in (None, device.index):
         raise ValueError(f"generator: got one on {generator.device}; accepted: one on {device}")
 
 
