@@ -8,38 +8,52 @@ W + B A rounded once.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.shapes import SHAPES, SWEPT
+from benchmarks.shapes import SHAPES
 from flexmore_kernels import FlexMoREConfig, FlexMoREForCausalLM, baselines
 from flexmore_kernels.checkpoint import expert_weights
 from flexmore_kernels.decode_step import DecodeStep
 from flexmore_kernels.kv_cache import DynamicCache, StaticCache
 from flexmore_kernels.sampling import Sampling
 
-CONTEXT = 512
-"""Tokens of a prompt that decoding goes on from."""
-COLUMNS = 768
-"""Of a static cache: the prompt, and as many steps as are ever taken from it."""
-SIZES = {
-    "flexolmo_6x64": {"layers": 4, "heads": 32, "vocab": 100352},
-    "small": {"layers": 2, "heads": 8, "vocab": 2048},
+class Work(NamedTuple):
+    """What is asked of the models of one shape, and their sizes beside the layer's own numbers."""
+
+    layers: int
+    heads: int
+    vocab: int
+    prompts: tuple[int, int]  # requests and tokens of the prefill
+    context: int  # tokens of a prompt that decoding goes on from
+    steps: int  # that are timed together
+    batches: tuple[int, ...]  # requests that are decoded together
+    new_tokens: int  # of `generate`
+
+    @property
+    def columns(self) -> int:
+        """Of a static cache: the prompt, and as many steps as are ever taken from it."""
+        return self.context + 2 * self.steps
+
+
+WORK = {
+    "flexolmo_6x64": Work(4, 32, 100352, (2, 4096), 512, 16, (1, 16), 64),
+    "small": Work(2, 8, 2048, (1, 64), 32, 4, (1, 4), 8),
+    "tiny": Work(2, 4, 64, (1, 12), 6, 3, (1, 2), 4),
 }
-"""Of the models, beside the layer's own numbers."""
 
 
 def config_of(shape_name: str) -> FlexMoREConfig:
     """The model's sizes."""
-    shape, size = SHAPES[shape_name], SIZES[shape_name]
+    shape, work = SHAPES[shape_name], WORK[shape_name]
     return FlexMoREConfig(
-        vocab_size=size["vocab"],
+        vocab_size=work.vocab,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
-        num_hidden_layers=size["layers"],
-        num_attention_heads=size["heads"],
+        num_hidden_layers=work.layers,
+        num_attention_heads=work.heads,
         num_experts_per_tok=shape.top_k,
         expert_ranks=list(shape.ranks),
     )
@@ -130,12 +144,12 @@ def hugging_face(model: FlexMoREForCausalLM) -> Any:
 
 
 class OurSteps:
-    """Decoding from prompts (B, CONTEXT) by the library: one token a request at each `step`."""
+    """Decoding from prompts (B, S) by the library: one token a request at each `step`."""
 
-    def __init__(self, model: FlexMoREForCausalLM, prompts: Tensor) -> None:
-        weight = model.lm_head.weight
+    def __init__(self, model: FlexMoREForCausalLM, prompts: Tensor, columns: int) -> None:
+        (batch, self.past), weight = prompts.shape, model.lm_head.weight
         kind = {"device": weight.device, "dtype": weight.dtype}
-        self.cache = StaticCache(model.config, prompts.shape[0], COLUMNS, **kind)
+        self.cache = StaticCache(model.config, batch, columns, **kind)
         graph = weight.device.type == "cuda"
         self.step = DecodeStep(model, self.cache, Sampling(), (), 0, cuda_graph=graph)
         with torch.no_grad():
@@ -144,41 +158,41 @@ class OurSteps:
 
     def restart(self) -> None:
         """Back to the end of the prompts."""
-        cache, past = self.cache, CONTEXT
-        cache.length = past
-        cache.end.fill_(past)
-        cache.position.fill_(past)
-        cache.real[:, past:] = False
+        self.cache.length = self.past
+        self.cache.end.fill_(self.past)
+        self.cache.position.fill_(self.past)
+        self.cache.real[:, self.past :] = False
         self.step.tokens.copy_(self.first)
-
-    @property
-    def tokens(self) -> Tensor:
-        return self.step.tokens
 
 
 class TheirSteps:
-    """The same by transformers: its static cache, its forward under its own compile settings."""
+    """The same by transformers: its static cache, its forward under its own compile settings.
 
-    def __init__(self, model: Any, prompts: Tensor, experts: str, mode: str | None) -> None:
+    experts: its implementation while decoding; its `generate` takes batched_mm. compiled: by
+    torch.compile as its `generate` does, else as it is.
+    """
+
+    def __init__(
+        self, model: Any, prompts: Tensor, columns: int, experts: str, compiled: bool
+    ) -> None:
         from transformers import CompileConfig
         from transformers.cache_utils import StaticCache as TheirCache
 
-        self.model, self.experts = model, experts
-        self.cache = TheirCache(config=model.config, max_cache_len=COLUMNS)
+        self.model, self.experts, self.past = model, experts, prompts.shape[1]
+        self.cache = TheirCache(config=model.config, max_cache_len=columns)
         model.set_experts_implementation("grouped_mm")
         with torch.no_grad():
             logits = model(prompts, past_key_values=self.cache, logits_to_keep=1).logits
         self.first = logits[:, -1].argmax(-1, keepdim=True)
-        self.tokens = self.first.clone()
-        self.forward = model.__call__
-        if mode is not None:
-            self.forward = torch.compile(model.__call__, **CompileConfig(mode=mode).to_dict())
+        self.tokens, self.forward = self.first.clone(), model.__call__
+        if compiled:
+            self.forward = torch.compile(model.__call__, **CompileConfig().to_dict())
 
     def restart(self) -> None:
         """Back to the end of the prompts."""
         self.model.set_experts_implementation(self.experts)
         for layer in self.cache.layers:
-            layer.cumulative_length.fill_(CONTEXT)
+            layer.cumulative_length.fill_(self.past)
         self.tokens.copy_(self.first)
 
     @torch.no_grad()
@@ -187,9 +201,14 @@ class TheirSteps:
         self.tokens.copy_(logits[:, -1].argmax(-1, keepdim=True))
 
 
-def prefill(model: Any, ids: Tensor, theirs: bool = False) -> Tensor:
+def prefill(model: FlexMoREForCausalLM, ids: Tensor) -> Tensor:
     """Logits (B, 1, V) of prompts' last tokens, their keys and values kept."""
     with torch.no_grad():
-        if theirs:
-            return model(ids, use_cache=True, logits_to_keep=1).logits
         return model(ids, cache=DynamicCache(), logits_to_keep=1)
+
+
+def their_prefill(model: Any, ids: Tensor, forward: Any = None) -> Tensor:
+    """The same by transformers; `forward`: the model's, compiled."""
+    model.set_experts_implementation("grouped_mm")
+    with torch.no_grad():
+        return (forward or model)(ids, use_cache=True, logits_to_keep=1).logits
