@@ -126,6 +126,11 @@ class SourceLayer:
                 return self.tensors[name].dtype
         return self.tensors[f"experts.0.{key.projection}_proj.weight"].dtype
 
+    def let_go(self, key: Key) -> None:
+        """Of a matrix that is done: whoever does not keep its tensors has its memory back."""
+        for end in ("", "_a", "_b"):
+            self.tensors.pop(f"{key.local}{end}.weight", None)
+
     def others(self) -> dict[str, Tensor]:
         """The router and the public expert."""
         return {k: t for k, t in self.tensors.items() if k.startswith(("gate.", "experts.0."))}
