@@ -188,20 +188,25 @@ def _convert_layer(
     progress: Progress,
 ) -> None:
     start = time.monotonic()
-    tensors, matrices = _make_layer(work, targets, layer, spectra, progress)
+    source = SourceLayer(work.layout, layer, work.device)
+    tensors, matrices = make_layer(work, targets, source, spectra, progress)
+    del source  # with what is left of it
     for target in targets:  # nothing but what is still to be written is held on to
         target.write(layer, tensors.pop(0), matrices.pop(0), time.monotonic() - start)
 
 
-def _make_layer(
+def make_layer(
     work: Work,
     targets: Sequence[Target],
-    layer: int,
+    source: SourceLayer,
     spectra: Mapping[Key, Spectrum],
     progress: Progress,
 ) -> tuple[list[dict[str, Tensor]], list[list[dict]]]:
-    """Of each target a layer's tensors, all of them views of the same, and its matrices' facts."""
-    source = SourceLayer(work.layout, layer, work.device)
+    """Of each target a layer's tensors, all of them views of the same, and its matrices' facts.
+
+    Takes the experts' matrices out of `source` as they are done.
+    """
+    layer = source.layer
     shared = {f"{mlp_prefix(layer)}{name}": tensor for name, tensor in source.others().items()}
     shared |= read_others(work.layout, layer)
     tensors = [dict(shared) for _ in targets]

@@ -96,12 +96,24 @@ def read_others(layout: Layout, layer: int | None) -> dict[str, Tensor]:
 
 
 class SourceLayer:
-    """The tensors of one MoE layer, and the deltas of its experts in float64 on a device."""
+    """The tensors of one MoE layer, and the deltas of its experts in float64 on a device.
 
-    def __init__(self, layout: Layout, layer: int, device: torch.device) -> None:
+    tensors: read from the checkpoint unless they are given, under the names of
+    `FlexMoRE.state_dict()`, on the device.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        layer: int,
+        device: torch.device,
+        tensors: dict[str, Tensor] | None = None,
+    ) -> None:
         self.layout, self.layer, self.device = layout, layer, device
-        # Straight to the device, which also looks for NaN faster.
-        self.tensors = read_tensors(layout, mlp_prefix(layer), device=device)
+        if tensors is None:
+            # Straight to the device, which also looks for NaN faster.
+            tensors = read_tensors(layout, mlp_prefix(layer), device=device)
+        self.tensors = tensors
         self._base: tuple[str, Tensor] | None = None
 
     def delta(self, key: Key) -> Tensor:
