@@ -34,6 +34,8 @@ from benchmarks.shapes import SHAPES
 from flexmore_kernels.timing import Call, CallFailed, Times, compare
 
 OURS, DENSE, THEIRS = "ours", "dense FFN", "Hugging Face"
+KINDS = {OURS: "ours", DENSE: "dense"}
+"""Of candidates, in what is priced and checked; all others are "theirs"."""
 ROUNDS = 15
 LONGEST_S = 8.0
 """For the timed rounds of one comparison."""
@@ -214,10 +216,9 @@ def take(
         )  # fmt: skip
         results = dict(found)
         for name, one in times.items():
-            kind = name.split()[0].split(",")[0]
-            key = {"ours": "ours", "dense": "dense", "Hugging": "theirs"}[kind]
-            results[name] = records.result(one, context["roofs"], *priced[key])
-            results[name]["error_ratio"] = records.short(bench.errors[key])
+            kind = KINDS.get(name, "theirs")
+            results[name] = records.result(one, context["roofs"], *priced[kind])
+            results[name]["error_ratio"] = records.short(bench.errors[kind])
         if bench.absent:
             results[THEIRS] = {"not_run": bench.absent}
         write({
