@@ -20,6 +20,7 @@ from flexmore_kernels.decode_step import DecodeStep
 from flexmore_kernels.kv_cache import DynamicCache, StaticCache
 from flexmore_kernels.sampling import Sampling
 
+
 class Work(NamedTuple):
     """What is asked of the models of one shape, and their sizes beside the layer's own numbers."""
 

@@ -3,10 +3,10 @@
     python -m benchmarks.generation               # four minutes on an H100
     python -m benchmarks.generation --device cpu  # a small model
 
-Four layers of FlexOlmo-7x7B's width, six experts of rank 64, five chosen (decoders.py), against the
-same model around one dense FFN in our own runner, and transformers' FlexOlmo with full-size experts:
-static cache, compiled as its `generate` does, by each of its two ways to compute experts. Ours is
-checked against the float64 reference before anything is timed.
+Four layers of FlexOlmo-7x7B's width, six experts of rank 64, five chosen (decoders.py), against
+the same model around one dense FFN in our own runner, and transformers' FlexOlmo with full-size
+experts: static cache, compiled as its `generate` does, by each of its two ways to compute experts.
+Ours is checked against the float64 reference before anything is timed.
 """
 
 from __future__ import annotations
@@ -196,9 +196,7 @@ def _milliseconds(call: Call, count: int, device: str) -> float:
     return start.elapsed_time(end)
 
 
-def take(
-    bench: Bench, context: dict[str, Any], write: Callable[[dict[str, Any]], Any]
-) -> None:
+def take(bench: Bench, context: dict[str, Any], write: Callable[[dict[str, Any]], Any]) -> None:
     """All records of the models, each written as soon as it is there."""
     work, shape = bench.work, SHAPES[bench.shape_name]
     clocks = records.Clocks(bench.device)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import threading
-from collections.abc import Sequence
-from typing import Any
+import contextlib
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,7 +52,9 @@ class DecodeStep:
         self._stops = torch.tensor(list(stops), dtype=torch.int64, device=device)
         self._left = WARM_UP
         self._wants_graph, self._graph = cuda_graph, None
-        self._stream = _side_stream(device, threading.get_ident()) if cuda_graph else None
+        if cuda_graph:
+            self._beside = _Beside.of(device)
+            weakref.finalize(self, _idle[device].append, self._beside)
         self.lag = LAG if device.type == "cuda" else 0
 
     @torch.no_grad()
@@ -77,11 +80,8 @@ class DecodeStep:
             self._replay()
         elif self._left:
             self._left -= 1
-            # As torch documents it: on a stream beside, before a capture.
-            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-            with torch.cuda.stream(self._stream):
+            with self._beside.running():
                 self._run()
-            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
         else:
             self._capture()
             self._replay()
@@ -92,8 +92,9 @@ class DecodeStep:
             graph.register_generator_state(self.generator)
         length = self.cache.length
         # By default torch captures all graphs on one stream, that of the first device that did.
-        how = {"stream": self._stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.device(self._stream.device), torch.cuda.graph(graph, **how):
+        stream = self._beside.stream
+        how = {"stream": stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.device(stream.device), torch.cuda.graph(graph, **how):
             self._run()
         self.cache.length = length  # what is captured has not run
         self._graph = graph
@@ -123,10 +124,35 @@ class DecodeStep:
         return event
 
 
-@functools.cache
-def _side_stream(device: torch.device, thread: int) -> torch.cuda.Stream:
-    """One a device: torch keeps cuBLAS's workspace for each stream that ever ran a product.
+class _Beside(NamedTuple):
+    """A stream to warm up and capture on, of one step at a time, and where its cuBLAS works.
 
-    And one a thread: what another launched on it during a capture would be captured.
+    A captured product goes on writing to the workspace that torch gave its stream, although torch
+    may free it: a compilation with CUDA graphs does, and the end of another graph of the stream
+    (pytorch/pytorch#193402). In a pool of the stream's own it stays memory, and nobody else's.
     """
-    return torch.cuda.Stream(device)
+
+    stream: torch.cuda.Stream
+    pool: torch.cuda.MemPool
+
+    @classmethod
+    def of(cls, device: torch.device) -> _Beside:
+        """One that is idle, or a new one."""
+        if _idle[device]:
+            return _idle[device].pop()
+        with torch.cuda.device(device):
+            return cls(torch.cuda.Stream(), torch.cuda.MemPool())
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Launch on the stream, after what the current one has and before what it gets."""
+        current = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            with torch.cuda.use_mem_pool(self.pool):
+                torch.cuda.current_blas_handle()  # gives the stream its workspace
+            yield
+        current.wait_stream(self.stream)
+
+
+_idle: defaultdict[torch.device, list[_Beside]] = defaultdict(list)

@@ -19,8 +19,10 @@ from .decode_step import LAG, WARM_UP, DecodeStep
 from .kv_cache import DynamicCache, KVCache, StaticCache
 from .sampling import Sampling
 
-REPAID = 16
-"""New tokens from which on a capture, which takes about as long as some steps, is worth it."""
+REPAID = 8
+"""New tokens from which on a capture is worth it: it takes about as long as a step whose launches
+the host makes one by one. Measured: 32 ms instead of 43 for 8 tokens, 95 instead of 380 for 64
+(four layers of FlexOlmo's width, a prompt of 512, H100, d5c759f)."""
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """A decoding step beside the layers: counters, the likeliest token, who has ended.
 
-Traps covered: equal logits, both zeros, NaN and infinities, rows longer and shorter than a program's
-part, one request, no stop, a pad that is a stop.
+Traps covered: equal logits, both zeros, NaN and infinities, rows longer and shorter than a part of
+a program, one request, no stop, a pad that is a stop.
 """
 
 from __future__ import annotations

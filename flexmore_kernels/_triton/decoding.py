@@ -12,7 +12,9 @@ from torch import Tensor
 from . import tiles
 
 PART = 4096  # logits that one program looks at
-LAST = 0x7FFFFFFF  # an index is packed as its distance from here: the first of equals is the largest
+LAST = (
+    0x7FFFFFFF  # an index is packed as its distance from here: the first of equals is the largest
+)
 
 
 @triton.jit
