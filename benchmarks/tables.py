@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import aims, figure, records
+from benchmarks import aims, figure, model_tables, records
 from benchmarks.shapes import SHAPES
 
 README = records.ROOT.parent / "README.md"
@@ -31,6 +31,8 @@ COLUMNS = {
 }
 
 
+NO_OPS = ("experts", "generation", "conversion")
+"""Benchmarks with tables of their own."""
 IN_README = ("small", "flexolmo_6x64", "flexolmo_6x16", "flexolmo_mixed", "flexolmo_large",
              "flexolmo_full", "experts_512")  # fmt: skip
 """The shapes whose rows README shows, each on the device that it is for; results/ has all."""
@@ -65,7 +67,7 @@ def ops(found: Sequence[dict[str, Any]]) -> str:
     """Markdown; single ops on a GPU, with the share of the roof that bounds them."""
     lines = []
     for record in found:
-        if record["benchmark"] == "experts" or record["driver"] is None:
+        if record["benchmark"] in NO_OPS or record["driver"] is None:
             continue
         cells = []
         for kernels, result in record["results"].items():
@@ -98,7 +100,8 @@ def block(found: Sequence[dict[str, Any]]) -> str:
         if record["shape"] in IN_README
         and (record["shape"] == "small") == (record["driver"] is None)
     ]
-    return "\n\n".join(part for part in (image, layers(shown)) if part)
+    models = model_tables.generation(found), model_tables.conversion(found)
+    return "\n\n".join(part for part in (image, layers(shown), *models) if part)
 
 
 def page(found: Sequence[dict[str, Any]]) -> str:
@@ -108,7 +111,8 @@ def page(found: Sequence[dict[str, Any]]) -> str:
         "../README.md says\nhow they are taken. Layers are in multiples of one dense FFN of the "
         "base's size, of the same run."
     )
-    return "\n\n".join(part for part in (head, layers(found), ops(found)) if part) + "\n"
+    models = model_tables.generation(found), model_tables.conversion(found)
+    return "\n\n".join(part for part in (head, layers(found), *models, ops(found)) if part) + "\n"
 
 
 def between(path: Path) -> str:

@@ -68,6 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
     model = load_model(layout, device, getattr(torch, dtype)).eval()
     if arguments.active is not None:
         _activate(model, arguments.active)
+    for block in model.model.layers:
+        block.self_attn.prepare()  # the whole of model.prepare() takes memory, which may be scarce
     pieces = [Pieces(tokenizer) for _ in prompts]
     clock = _Clock(_Printer(pieces, model.config.extra.get("eos_token_id")))
     length = max(map(len, prompts))
