@@ -41,7 +41,7 @@ from .checkpoint_layout import (
     read_layout,
     tensor_shapes,
 )
-from .checkpoint_writer import refuse_existing, write_index, write_json, write_tensors
+from .checkpoint_writer import refuse_existing, write_config, write_index, write_tensors
 from .layer import FlexMoRE
 from .model import FlexMoREConfig, FlexMoREForCausalLM
 
@@ -216,7 +216,7 @@ def save_checkpoint(
     partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
         _write_files(partial, tensors, max_file_bytes)
-        write_json(partial / "config.json", written)
+        write_config(partial, written)
         read_layout(partial)
         partial.chmod(0o755)
         os.replace(partial, directory)

@@ -22,6 +22,7 @@ import torch.multiprocessing as mp
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from flexmore_kernels import testing
+from flexmore_kernels.checkpoint import save_checkpoint
 from tests.hf_models import RAGGED, make, make_stock, plain, some_ids
 
 transformers = pytest.importorskip("transformers", minversion="5.17")
@@ -208,15 +209,17 @@ def test_two_processes_of_stock_expert_parallelism_are_one(tmp_path):
 def test_a_stranger_loads_it_with_trust_remote_code(tmp_path):
     model, ids = make(RAGGED), some_ids(1, 5)
     model.save_pretrained(tmp_path / "saved")
+    save_checkpoint(tmp_path / "written", model.state_dict(), plain(model).config.to_dict())
     program = f"""
 import sys, torch, transformers
 loader = transformers.AutoModelForCausalLM
 assert not any(name.startswith("flexmore") for name in sys.modules)
-model = loader.from_pretrained({str(tmp_path / "saved")!r}, trust_remote_code=True)
-assert type(model).__module__ == "flexmore_kernels.hf.modeling"
-tokens = model.generate(torch.tensor({ids.tolist()}), max_new_tokens=4, do_sample=False)
+for directory in {[str(tmp_path / name) for name in ("written", "saved")]!r}:
+    model = loader.from_pretrained(directory, trust_remote_code=True)
+    assert type(model).__module__ == "flexmore_kernels.hf.modeling"
+    tokens = model.generate(torch.tensor({ids.tolist()}), max_new_tokens=4, do_sample=False)
+    print(tokens.tolist())
 model.save_pretrained({str(tmp_path / "again")!r})
-print(tokens.tolist())
 """
     cache = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     path = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
@@ -226,7 +229,7 @@ print(tokens.tolist())
     )  # fmt: skip
     assert found.returncode == 0, found.stderr[-3000:]
     wanted = model.generate(ids, max_new_tokens=4, do_sample=False).tolist()
-    assert found.stdout.strip() == str(wanted)
+    assert found.stdout.splitlines() == [str(wanted)] * 2
     files = {each.name for each in (tmp_path / "again").iterdir()}
     assert files == {each.name for each in (tmp_path / "saved").iterdir()}
     loader = (tmp_path / "again" / "modeling_flexmore.py").read_text()
