@@ -1,4 +1,4 @@
-"""Where the weights are: offloaded by accelerate, sharded by FSDP2, loaded by a stranger's process.
+"""Where the weights are: on two GPUs, offloaded, sharded by FSDP2, loaded by a stranger's process.
 
 Traps covered: the children of a block never run their own forward, so their accelerate hooks have
 to be run by the block; the decoder layer is not split; sharded gradients are those of one process;
@@ -8,6 +8,7 @@ a saved directory loads with `trust_remote_code` where nobody imported flexmore_
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import os
 import subprocess
@@ -29,6 +30,10 @@ transformers = pytest.importorskip("transformers", minversion="5.17")
 hf = pytest.importorskip("flexmore_kernels.hf")
 
 ROOT = Path(__file__).parent.parent
+# Wide enough for the kernels that need aligned rows and ranks.
+WIDE = {"hidden_size": 128, "intermediate_size": 192}
+WIDE_RANKS = [0, 16, [32, 0, "full"], 64]
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
 
 
 def test_offloaded_to_the_cpu():
@@ -92,6 +97,56 @@ def test_an_automatic_device_map_keeps_layers_whole():
             found |= {name for name in places if name.startswith("model.layers")}
     assert {"model.layers.0", "model.layers.1"} <= found
     assert all(name.count(".") <= 2 for name in found)
+
+
+@pytest.mark.gpu
+@two_gpus
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_device_map_over_two_gpus(dtype, tmp_path):
+    pytest.importorskip("accelerate")
+    model, ids = make(WIDE_RANKS, **WIDE).to(dtype), some_ids()
+    model.save_pretrained(tmp_path)
+    first = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.layers.0"), 0)
+    both = first | dict.fromkeys(("model.layers.1", "model.norm", "lm_head"), 1)
+    load = functools.partial(hf.FlexMoREForCausalLM.from_pretrained, tmp_path, dtype=dtype)
+    one, two = load(device_map={"": 0}), load(device_map=both)
+    places = {n.split(".")[2]: p.device.index for n, p in two.named_parameters() if "experts" in n}
+    assert places == {"0": 0, "1": 1}
+    mask = torch.tensor([[True] * 4, [True, False, True, True]])
+    for options in ({}, {"expert_mask": mask.cuda(0)}):
+        with torch.no_grad(), torch.cuda.device(0):
+            alone, found = (each(ids.cuda(0), **options).logits.cpu() for each in (one, two))
+            assert torch.cuda.current_device() == 0
+        truth = plain(model)(ids, **{name: given.cpu() for name, given in options.items()})
+        testing.assert_accurate(found, truth.detach(), alone)
+        tokens = [
+            each.generate(ids.cuda(0), max_new_tokens=4, do_sample=False, **options)
+            for each in (one, two)
+        ]
+        assert tokens[1].equal(tokens[0])
+
+
+@pytest.mark.gpu
+@two_gpus
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 40, 600])
+def test_a_layer_on_another_gpu_than_the_current_one(tokens, dtype):
+    """A kernel launched on the current device, or on its stream, could not read the tensors."""
+    block = make(WIDE_RANKS, **WIDE).to(dtype).model.layers[0].mlp
+    x, dy = torch.randn(2, tokens, 128, dtype=dtype)
+    found = []
+    for device in ("cuda:0", "cuda:1"):
+        own, x_own = copy.deepcopy(block).to(device), x.to(device)
+        with torch.cuda.device(0):
+            with torch.no_grad():
+                found.append([own(x_own)])  # other kernels than in training
+            y = own(x_own.requires_grad_())
+            y.backward(dy.to(device))
+            assert torch.cuda.current_device() == 0
+        found[-1] += [y.detach(), x_own.grad, *(p.grad for p in own.parameters())]
+        assert {str(each.device) for each in found[-1]} == {device}
+    for one, other in zip(*found, strict=True):
+        testing.assert_same(other.cpu(), one.cpu())
 
 
 def joined(rank: int, work: Callable, port: int, directory: str) -> None:
