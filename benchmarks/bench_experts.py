@@ -102,7 +102,7 @@ def _build(
         except ImportError as error:
             results[name] = {"not_run": f"not installed: {error}"}
         except Exception as error:
-            results[name] = {"not_run": _in_words(error)}
+            results[name] = {"not_run": in_words(error)}
         if name not in calls:
             _free(problem.device)
         elif name.startswith("ours") and _wrong(results[name]):
@@ -160,13 +160,13 @@ def _time(
                     each_round=clocks.look,
                 )  # fmt: skip
         except CallFailed as failed:
-            results[failed.name]["not_run"] = _in_words(failed.__cause__)
+            results[failed.name]["not_run"] = in_words(failed.__cause__)
             calls = {name: call for name, call in calls.items() if name != failed.name}
         _free(problem.device)
     return {}
 
 
-def _in_words(error: BaseException | None) -> str:
+def in_words(error: BaseException | None) -> str:
     first = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {first[:160]}"
 

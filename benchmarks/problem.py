@@ -97,15 +97,15 @@ class Problem:
         given the routing, and of the dense FFN."""
         some = slice(0, CHECKED_ROWS)
         given = (self.x[some], self.indices[some], self.gates[some], *self.weights)
-        alone = self._dense(self.x[some], self.base)
+        alone = self.dense(self.x[some], self.base)
         wide = to_float64((self.x[some], self.base))
         return {
             "experts": (reference.experts(*to_float64(given)), reference.experts(*given)),
-            "dense": (self._dense(*wide), alone),
+            "dense": (self.dense(*wide), alone),
         }
 
     @staticmethod
-    def _dense(x: Tensor, base: Iterable[Tensor]) -> Tensor:
+    def dense(x: Tensor, base: Iterable[Tensor]) -> Tensor:
         gate, up, down = base
         return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
 

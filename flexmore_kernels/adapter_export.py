@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import collections
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 from torch import Tensor
@@ -19,8 +17,9 @@ from torch import Tensor
 from .adapter_config import CONFIG_FILE, WEIGHTS_FILE
 from .checkpoint import read_tensors
 from .checkpoint_config import as_triple
+from .checkpoint_folders import made_whole, refuse_existing
 from .checkpoint_layout import PROJECTIONS, mlp_prefix, read_layout
-from .checkpoint_writer import refuse_existing, write_json, write_tensors
+from .checkpoint_writer import write_json, write_tensors
 from .checks import check_int
 
 
@@ -60,17 +59,10 @@ def export_adapter(
             module, side = name.removesuffix(".weight").rsplit("_", 1)
             key = f"base_model.model.{mlp_prefix(layer)}{module}.lora_{side.upper()}.weight"
             tensors[key] = tensor
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
+    with made_whole(directory) as partial:
         write_tensors(partial / WEIGHTS_FILE, tensors)
         config = _config(ranks, len(layout.layer_ranks), base_name)
         write_json(partial / CONFIG_FILE, config)
-        partial.chmod(0o755)
-        os.replace(partial, directory)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return ranks
 
 

@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .checkpoint_config import RANK_KEYS, check_config
+from .checkpoint_folders import made_whole, refuse_existing
 from .checkpoint_forms import check_kind, config_for, fuse_experts, pad_experts, padded_ranks
 from .checkpoint_headers import file_names
 from .checkpoint_layout import (
@@ -41,7 +40,7 @@ from .checkpoint_layout import (
     read_layout,
     tensor_shapes,
 )
-from .checkpoint_writer import refuse_existing, write_config, write_index, write_tensors
+from .checkpoint_writer import write_config, write_index, write_tensors
 from .layer import FlexMoRE
 from .model import FlexMoREConfig, FlexMoREForCausalLM
 
@@ -212,17 +211,10 @@ def save_checkpoint(
         tensors = pad_experts(tensors, padded_ranks(ranks))
     elif kind == "flex_olmo_fused":
         tensors = fuse_experts(dict(tensors), checked["num_experts"])
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
+    with made_whole(directory) as partial:
         _write_files(partial, tensors, max_file_bytes)
         write_config(partial, written)
         read_layout(partial)
-        partial.chmod(0o755)
-        os.replace(partial, directory)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def make_demo_checkpoint(

@@ -1,12 +1,13 @@
 """The directory that a checkpoint is to appear in, and the folder in which it is made.
 
-checkpoint_writer.py says how one becomes the other.
+What fits in memory is written by `made_whole`; checkpoint_writer.py says how the rest is.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,24 @@ def removed_if_bad(*folders: Path) -> Iterator[None]:
     except ValueError:
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def made_whole(directory: Path) -> Iterator[Path]:
+    """A new folder beside `directory`, which becomes it at the end, or is removed on any error.
+
+    ValueError, from the start, as `refuse_existing`.
+    """
+    refuse_existing(directory)
+    # Unlike what tempfile makes, open to whom the user's umask lets in.
+    folder = directory.parent / f".{directory.name}.{uuid.uuid4().hex}"
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        os.replace(folder, directory)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
         raise
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import threading
-from collections.abc import Sequence
-from typing import Any
+import contextlib
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .kv_cache import KVCache
+from .ops.decoding import settle
 from .sampling import Sampling, choose
 
 WARM_UP = 2
@@ -50,15 +52,18 @@ class DecodeStep:
         self._stops = torch.tensor(list(stops), dtype=torch.int64, device=device)
         self._left = WARM_UP
         self._wants_graph, self._graph = cuda_graph, None
-        self._stream = _side_stream(device, threading.get_ident()) if cuda_graph else None
+        if cuda_graph:
+            self._beside = _Beside.of(device)
+            weakref.finalize(self, _idle[device].append, self._beside)
         self.lag = LAG if device.type == "cuda" else 0
 
     @torch.no_grad()
     def take(self, logits: Tensor) -> None:
         """The first tokens, from the prompts' last logits (B, 1, V)."""
-        tokens = choose(logits[:, -1], self.sampling, self.generator)
-        self.tokens = tokens[:, None].clone()
-        self.finished, self.made = self._ends(tokens), 1
+        chosen = choose(logits[:, -1], self.sampling, self.generator)
+        self.tokens = torch.empty_like(chosen)[:, None]
+        self.finished, self.made = torch.zeros_like(chosen, dtype=torch.bool), 1
+        settle(chosen, self.tokens, self.finished, self._stops, self.pad)
         self.cache.ended = self.finished  # what fills up an ended request is not counted
 
     def run_to(self, made: int) -> None:
@@ -75,11 +80,8 @@ class DecodeStep:
             self._replay()
         elif self._left:
             self._left -= 1
-            # As torch documents it: on a stream beside, before a capture.
-            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-            with torch.cuda.stream(self._stream):
+            with self._beside.running():
                 self._run()
-            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
         else:
             self._capture()
             self._replay()
@@ -90,8 +92,9 @@ class DecodeStep:
             graph.register_generator_state(self.generator)
         length = self.cache.length
         # By default torch captures all graphs on one stream, that of the first device that did.
-        how = {"stream": self._stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.device(self._stream.device), torch.cuda.graph(graph, **how):
+        stream = self._beside.stream
+        how = {"stream": stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.device(stream.device), torch.cuda.graph(graph, **how):
             self._run()
         self.cache.length = length  # what is captured has not run
         self._graph = graph
@@ -103,13 +106,8 @@ class DecodeStep:
     @torch.no_grad()
     def _run(self) -> None:
         logits = self.model(self.tokens, cache=self.cache, logits_to_keep=1)
-        tokens = choose(logits[:, -1], self.sampling, self.generator)
-        tokens = tokens.masked_fill(self.finished, self.pad)
-        self.finished |= self._ends(tokens)
-        self.tokens.copy_(tokens[:, None])
-
-    def _ends(self, tokens: Tensor) -> Tensor:
-        return (tokens[:, None] == self._stops).any(1)
+        chosen = choose(logits[:, -1], self.sampling, self.generator)
+        settle(chosen, self.tokens, self.finished, self._stops, self.pad)
 
     def host_buffer(self) -> Tensor:
         """Room for one step's tokens (B,) on the CPU, that the device can write to by itself."""
@@ -126,10 +124,35 @@ class DecodeStep:
         return event
 
 
-@functools.cache
-def _side_stream(device: torch.device, thread: int) -> torch.cuda.Stream:
-    """One a device: torch keeps cuBLAS's workspace for each stream that ever ran a product.
+class _Beside(NamedTuple):
+    """A stream to warm up and capture on, of one step at a time, and where its cuBLAS works.
 
-    And one a thread: what another launched on it during a capture would be captured.
+    A captured product goes on writing to the workspace that torch gave its stream, although torch
+    may free it: a compilation with CUDA graphs does, and the end of another graph of the stream
+    (pytorch/pytorch#193402). In a pool of the stream's own it stays memory, and nobody else's.
     """
-    return torch.cuda.Stream(device)
+
+    stream: torch.cuda.Stream
+    pool: torch.cuda.MemPool
+
+    @classmethod
+    def of(cls, device: torch.device) -> _Beside:
+        """One that is idle, or a new one."""
+        if _idle[device]:
+            return _idle[device].pop()
+        with torch.cuda.device(device):
+            return cls(torch.cuda.Stream(), torch.cuda.MemPool())
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Launch on the stream, after what the current one has and before what it gets."""
+        current = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            with torch.cuda.use_mem_pool(self.pool):
+                torch.cuda.current_blas_handle()  # gives the stream its workspace
+            yield
+        current.wait_stream(self.stream)
+
+
+_idle: defaultdict[torch.device, list[_Beside]] = defaultdict(list)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from . import ops
 from .counters import RouterStatistics
@@ -44,11 +45,41 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, groups, bias=False, **kind)
         self.o_proj = nn.Linear(width, D, bias=False, **kind)
         self.q_norm, self.k_norm = RMSNorm(width, eps, **kind), RMSNorm(groups, eps, **kind)
+        self._joined: Tensor | None = None
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Lay the weights of q, k and v end to end: without a gradient they are one product then.
+
+        They are moved, not copied: the parameters are parts of one tensor. What replaces them later
+        (`to`, an assigning `load_state_dict`) undoes it.
+        """
+        weights = [linear.weight for linear in (self.q_proj, self.k_proj, self.v_proj)]
+        joined = torch.cat(weights)
+        for weight, part in zip(weights, self._parts(joined, 0), strict=True):
+            weight.data = part
+        self._joined = joined
+
+    def _parts(self, joined: Tensor, dim: int) -> tuple[Tensor, ...]:
+        groups = self.k_norm.weight.shape[0]
+        return joined.split((self.q_norm.weight.shape[0], groups, groups), dim)
+
+    def _projected(self, h: Tensor) -> tuple[Tensor, ...]:
+        """q, k and v of h, by one product where they lie together and are not trained."""
+        linears = self.q_proj, self.k_proj, self.v_proj
+        if self._joined is not None and not torch.compiler.is_compiling():
+            weights = [linear.weight for linear in linears]
+            pairs = zip(weights, self._parts(self._joined, 0), strict=True)
+            if any(weight.data_ptr() != part.data_ptr() for weight, part in pairs):
+                self._joined = None
+            elif not (torch.is_grad_enabled() and any(w.requires_grad for w in weights)):
+                return self._parts(F.linear(h, self._joined), -1)
+        return tuple(linear(h) for linear in linears)
 
     def forward(self, h: Tensor, step: Step, cache: KVCache | None) -> Tensor:
         place = None if cache is None else cache.place(self.layer)
         q, k, v = rotated_heads(
-            *(self.q_proj(h), self.k_proj(h), self.v_proj(h)),
+            *self._projected(h),
             *(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps),
             step.rotary,
             place,

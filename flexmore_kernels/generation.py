@@ -19,8 +19,10 @@ from .decode_step import LAG, WARM_UP, DecodeStep
 from .kv_cache import DynamicCache, KVCache, StaticCache
 from .sampling import Sampling
 
-REPAID = 16
-"""New tokens from which on a capture, which takes about as long as some steps, is worth it."""
+REPAID = 8
+"""New tokens from which on a capture is worth it: it takes about as long as a step whose launches
+the host makes one by one. Measured: 32 ms instead of 43 for 8 tokens, 95 instead of 380 for 64
+(four layers of FlexOlmo's width, a prompt of 512, H100, d5c759f)."""
 
 
 @torch.no_grad()
@@ -163,7 +165,11 @@ def _left_padded(input_ids: Tensor, mask: Tensor | None) -> Tensor | None:
 
 
 def _check_generator(generator: torch.Generator | None, device: torch.device) -> None:
-    if generator is not None and generator.device != device:
+    if generator is None:
+        return
+    # Of torch.Generator("cuda") the device has no index, and is the current one.
+    index = generator.device.index
+    if generator.device.type != device.type or index not in (None, device.index):
         raise ValueError(f"generator: got one on {generator.device}; accepted: one on {device}")
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from .checks import check_int
 from .model_config import FlexMoREConfig
 from .ops.attention import Filled, Place
+from .ops.decoding import begin_token
 from .rotary import rotary_table
 
 COLUMNS_MULTIPLE = 16  # a mask's rows of a multiple of 16 bytes are read by attention as they lie
@@ -231,14 +232,17 @@ class StaticCache(KVCache):
         self.heads = heads_of(config, self.keys[0].dtype)
         self.rotary = rotary_table(self.columns, *self.heads[:3])
         self.real = torch.zeros(batch, columns, dtype=torch.bool, device=self.columns.device)
-        self.next = torch.zeros(1, dtype=torch.int64, device=self.columns.device)  # column
+        # A request each, so that a kernel may count them side by side: columns, the same for all;
+        # the next token's position.
+        self.end = torch.zeros(batch, dtype=torch.int64, device=self.columns.device)
         self.position = torch.zeros(batch, 1, dtype=torch.int64, device=self.columns.device)
-        self._now = self.next  # columns of the step under way
+        self._now = self.columns[:0]  # columns of the step under way
+        self._column = torch.zeros(1, dtype=torch.int64, device=self.columns.device)
 
     def reset(self) -> None:
         super().reset()
         # Keys and values too: a hidden column has weight 0, and 0 times NaN would be NaN.
-        for state in (*self.keys, *self.values, self.real, self.next, self.position):
+        for state in (*self.keys, *self.values, self.real, self.end, self.position):
             state.zero_()
 
     def advance(self, length: int) -> None:
@@ -262,7 +266,12 @@ class StaticCache(KVCache):
             )
         past = self.length
         self.advance(length)
-        self._now = self.next + self.columns[:length]
+        if past and length == 1 and mask is None:
+            self._now = self._column
+            rotary = begin_token(self.end, self.position, self.real, self._now, self.rotary)
+            filled = Filled(self.real, self.end)
+            return Step(rotary, self.real[:, None, None, :], False, filled)
+        self._now = self.end[:1] + self.columns[:length]
         if mask is None:
             self.real.index_fill_(1, self._now, True)
             positions = self.position + self.columns[:length]
@@ -272,16 +281,13 @@ class StaticCache(KVCache):
             self.real.index_copy_(1, self._now, real)
             positions = self.position + first_positions(real, length, device)
             self.position += real.sum(1, keepdim=True)
-        self.next += length
-        filled = None
+        self.end += length
         if past == 0:
             allowed = among_themselves(mask, length)
-        elif length == 1 and mask is None:
-            allowed, filled = self.real[:, None, None, :], Filled(self.real, self.next)
         else:
             allowed = _visible(self.real, self._now, self.columns)
         cos, sin = self.rotary
-        return Step((cos[positions], sin[positions]), allowed, allowed is None, filled)
+        return Step((cos[positions], sin[positions]), allowed, allowed is None)
 
     def place(self, layer: int) -> Place:
         return Place(self.keys[layer], self.values[layer], self._now)

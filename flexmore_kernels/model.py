@@ -121,7 +121,12 @@ class FlexMoREForCausalLM(nn.Module):
                 block.statistics = statistics
 
     def prepare(self, merge: Any = "auto") -> list[Prepared]:
-        """Prepare every layer for serving: see `FlexMoRE.prepare`; what was copied, one a layer."""
+        """Prepare every layer for serving: see `FlexMoRE.prepare`; what was copied, one a layer.
+
+        Of attention the weights of q, k and v are laid end to end, in place of where they were.
+        """
+        for block in self.model.layers:
+            block.self_attn.prepare()
         return [block.mlp.prepare(merge) for block in self.model.layers]
 
     def generate(self, input_ids: Tensor, **options) -> Tensor:

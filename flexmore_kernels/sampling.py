@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_int
+from .ops.decoding import greedy
 
 
 class Sampling(NamedTuple):
@@ -44,7 +45,7 @@ def choose(logits: Tensor, how: Sampling, generator: torch.Generator | None = No
     which is i with probability p_i / sum p. No host sync.
     """
     if how.temperature == 0:
-        return logits.argmax(-1)
+        return greedy(logits)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     # The largest becomes 0, which no temperature makes infinite; 1e-30 is greedy, and a float32.
     logits = (logits - logits.amax(-1, keepdim=True)) / max(how.temperature, 1e-30)

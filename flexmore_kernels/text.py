@@ -11,24 +11,30 @@ _CUT = "\ufffd"  # how a decoder shows bytes of a character that are not all the
 _LONGEST = 4  # bytes of a character, and so ids that can still become one
 
 
-def read_tokenizer(directory: str | os.PathLike, needed: bool = True) -> Any:
+def read_tokenizer(
+    directory: str | os.PathLike,
+    needed: bool = True,
+    *,
+    argument: str = "prompt",
+    instead: str = "prompts as --ids",
+) -> Any:
     """The directory's `tokenizers.Tokenizer`; None if it cannot be had and is not needed.
+
+    argument, instead: for messages, what text came as and what is accepted in its place.
 
     Raises ValueError that says what is missing where it is needed, or what is wrong with the file.
     """
     path = Path(directory) / TOKENIZER_FILE
     if not path.is_file():
         if needed:
-            raise ValueError(
-                f"{TOKENIZER_FILE}: missing in {directory}; accepted: prompts as --ids"
-            )
+            raise ValueError(f"{TOKENIZER_FILE}: missing in {directory}; accepted: {instead}")
         return None
     try:
         from tokenizers import Tokenizer
     except ImportError:
         if needed:
             raise ValueError(
-                "prompt: got text, which needs `pip install tokenizers`; accepted: prompts as --ids"
+                f"{argument}: got text, which needs `pip install tokenizers`; accepted: {instead}"
             ) from None
         return None
     try:

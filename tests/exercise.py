@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flexmore_kernels import ops
 from flexmore_kernels.ops.attention import Filled, Place, attend, rotated_heads
+from flexmore_kernels.ops.decoding import begin_token, greedy, settle
 from flexmore_kernels.ops.rms_norm import rms_norm
 from flexmore_kernels.ragged import RoutingPlan, packed_size
 from flexmore_kernels.testing import (
@@ -153,10 +154,15 @@ def decoder(s: Setup) -> list[Tensor]:
     where = Place(*place, columns[3:4])
     cached = rotated_heads(q, k, v, *weights, 1e-6, rotary, where)
     real = torch.ones(rows, rows + 16, dtype=torch.bool).to(s.device)
-    filled = Filled(real, columns[4:5])
+    filled = Filled(real, columns[4:5].repeat(rows))
     x = s.x(s.tokens, s.hidden).detach()
     norms = [rms_norm(x, weight, 1e-6, r) for weight in x[:1] for r in (None, x)]
-    return [*norms, *alone, attend(*cached, real[:, None, None], False, filled)]
+    tables = (torch.rand(rows + 16, head // 2).to(s.device, acc) for _ in "cs")
+    begun = begin_token(filled.end, columns[:rows, None].clone(), real, columns[:1], tuple(tables))
+    chosen, ended = greedy(x), torch.zeros(len(x), dtype=torch.bool).to(s.device)
+    settle(chosen, chosen.clone()[:, None], ended, chosen[:1], 0)
+    attended = attend(*cached, real[:, None, None], False, filled)
+    return [*norms, *alone, *begun, attended]
 
 
 FAMILIES = {

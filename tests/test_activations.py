@@ -7,6 +7,7 @@ experts and parts without a delta, several batches, a file that is something els
 from __future__ import annotations
 
 import argparse
+import sys
 import weakref
 
 import pytest
@@ -210,7 +211,7 @@ def command(*arguments):
     return activations.run(parser.parse_args([str(a) for a in arguments]))
 
 
-def test_command(tmp_path, capsys):
+def test_command(tmp_path, capsys, monkeypatch):
     """Sequences are cut and padded, which must not change the sums."""
     checkpoint = tmp_path / "checkpoint"
     make_demo_checkpoint(checkpoint, hidden_size=16, intermediate_size=24, num_layers=2,
@@ -234,5 +235,19 @@ def test_command(tmp_path, capsys):
         lines.write_text(wrong)
         with pytest.raises(ValueError, match=message):
             command(checkpoint, lines, out, *options)
-    with pytest.raises(ValueError, match="tokenizer.json: missing"):
+    with pytest.raises(ValueError, match="^tokenizer.json: missing in .*accepted: a file of"):
         command(checkpoint, text, out, *options)
+    (checkpoint / "tokenizer.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError, match="^FILE: got text, which needs .*accepted: a file of"):
+        command(checkpoint, text, out, *options)
+
+
+def test_a_broken_tokenizer_is_named(tmp_path):
+    pytest.importorskip("tokenizers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_layers": 1, "top_k": 1}
+    make_demo_checkpoint(tmp_path / "checkpoint", expert_ranks=[0, 2], **sizes)
+    (tmp_path / "checkpoint" / "tokenizer.json").write_text("{}")
+    (tmp_path / "a.txt").write_text("words")
+    with pytest.raises(ValueError, match="^tokenizer.json: not a tokenizer"):
+        command(tmp_path / "checkpoint", tmp_path / "a.txt", tmp_path / "out", "--device", "cpu")

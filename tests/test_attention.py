@@ -108,7 +108,7 @@ def test_one_token_against_a_cache(shape, end, dtype, device, kernels):
     for row in range(B):  # left padding, a whole part of the columns among it
         real[row, min(row * 47, end - 1) : end] = True
     allowed = real[:, None, None]
-    filled = Filled(real, torch.tensor([end], device=device))
+    filled = Filled(real, torch.tensor([end] * B, device=device))
     found, exact, same = [], [], []
     # All numbers of a head share the few roundings of its weights; float64 has room for any luck.
     for _ in range(1 if dtype == torch.float64 else 12):

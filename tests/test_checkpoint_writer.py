@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from flexmore_kernels import checkpoint, checkpoint_writer
 from flexmore_kernels.checkpoint_config import LOADER
+from flexmore_kernels.checkpoint_folders import made_whole
 from flexmore_kernels.checkpoint_layout import read_layout
 from flexmore_kernels.checkpoint_writer import CheckpointWriter, fingerprint
 from flexmore_kernels.testing import assert_same
@@ -74,6 +75,22 @@ def test_all_units_make_the_checkpoint(source, tmp_path):
     assert not hidden(out).exists()
     (tmp_path / "mine").touch()
     assert {path.stat().st_mode for path in out.iterdir()} == {(tmp_path / "mine").stat().st_mode}
+
+
+def test_what_is_made_whole(tmp_path):
+    (tmp_path / "mine").mkdir()
+    out = tmp_path / "deep" / "out"
+    with pytest.raises(KeyboardInterrupt), made_whole(out) as folder:
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+    assert list(out.parent.iterdir()) == []
+    with made_whole(out) as folder:
+        (folder / "file").touch()
+        assert not out.exists()
+    assert [path.name for path in out.parent.iterdir()] == ["out"] and (out / "file").exists()
+    assert out.stat().st_mode == (tmp_path / "mine").stat().st_mode
+    with pytest.raises(ValueError, match="exists"), made_whole(out):
+        raise AssertionError("nothing is to be made")
 
 
 def test_one_unit_is_one_file(source, tmp_path):

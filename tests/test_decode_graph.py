@@ -52,7 +52,7 @@ def test_decoding_waits_for_old_tokens_only():
         without_a_wait(lambda: step.copy_to(slot))
         for _ in range(3):
             step()
-    assert cache.length == 14 == int(cache.next)
+    assert cache.length == 14 and cache.end.tolist() == [14] * 3
     assert step.made == 8
 
 
@@ -62,3 +62,35 @@ def without_a_wait(call):
         call()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_graph_outlives_what_torch_takes_back():
+    """torch frees the workspaces of cuBLAS when it compiles with CUDA graphs, or when another graph
+    of the same stream ends; what is captured goes on using them."""
+    sizes = {"hidden_size": 2048, "intermediate_size": 256, "num_attention_heads": 16}
+    model = make("cuda", torch.bfloat16, **sizes)
+    ids, _ = prompts("cuda")
+
+    def started():
+        cache = StaticCache(model.config, 3, 48, device="cuda", dtype=torch.bfloat16)
+        step = DecodeStep(model, cache, Sampling(), [], 0, cuda_graph=True)
+        with torch.no_grad():
+            step.take(model(ids, cache=cache, logits_to_keep=1))
+        step.run_to(6)
+        return step
+
+    def finished(step):
+        step.run_to(24)
+        return step.tokens.clone()
+
+    expected = finished(started())
+    step, other = started(), started()
+    assert step._beside.stream != other._beside.stream
+    del other
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    filled = [torch.full((1 << 20,), torch.nan, device="cuda") for _ in range(64)]
+    testing.assert_same(finished(step), expected)
+    assert all(part.isnan().all() for part in filled)
+    assert finished(started()) is not None

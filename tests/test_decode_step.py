@@ -6,6 +6,7 @@ capture on a stream that is another device's.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
 from types import SimpleNamespace
@@ -95,37 +96,48 @@ class Calls(list):
         return enter
 
 
-def test_a_capture_is_on_a_stream_of_its_device(monkeypatch):
-    """One a device, for all that generate there, and the one that the first steps ran on."""
+def test_a_capture_is_on_a_stream_of_its_device_and_its_own(monkeypatch):
+    """The stream that the first steps ran on, and no other that lives; later ones take it over."""
     calls = Calls()
-    for name in ("stream", "device", "graph"):
+    for name in ("stream", "graph", "use_mem_pool"):
         monkeypatch.setattr(torch.cuda, name, calls.context(name))
+    where = Calls()
+    monkeypatch.setattr(torch.cuda, "device", where.context("device"))
 
-    def stream(device):
-        return SimpleNamespace(device=device, wait_stream=lambda other: None)
+    def stream(device=None):
+        return SimpleNamespace(device=device or where[-1][1][0], wait_stream=lambda other: None)
 
     monkeypatch.setattr(torch.cuda, "Stream", stream)
+    monkeypatch.setattr(torch.cuda, "MemPool", SimpleNamespace)
     monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
-    decode_step._side_stream.cache_clear()
+    monkeypatch.setattr(decode_step, "_idle", collections.defaultdict(list))
     weight = torch.zeros(5, 1)
 
     def model(ids, **_):
         return torch.randn(len(ids), 1, 5)
 
     model.model = SimpleNamespace(embed_tokens=SimpleNamespace(weight=weight))
-    steps = []
-    for _ in range(2):
+
+    def run():
+        calls.clear()
         cache = SimpleNamespace(length=3, advance=lambda length: None)
-        steps.append(DecodeStep(model, cache, Sampling(), [], 0, cuda_graph=True))
-        steps[-1].take(torch.randn(2, 1, 5))
-        steps[-1].run_to(2 + WARM_UP)
-    decode_step._side_stream.cache_clear()
-    assert steps[0]._stream is steps[1]._stream
-    graphs = [options for name, _, options in calls if name == "graph"]
-    warm = [given[0] for name, given, _ in calls if name == "stream"]
-    assert len(graphs) == 2 and len(warm) == 2 * WARM_UP
-    assert all(one is steps[0]._stream for one in warm)
-    for options in graphs:
-        assert options["stream"] is steps[0]._stream
+        step = DecodeStep(model, cache, Sampling(), [], 0, cuda_graph=True)
+        step.take(torch.randn(2, 1, 5))
+        step.run_to(2 + WARM_UP)
+        ((_, _, options),) = [call for call in calls if call[0] == "graph"]
+        warm = [given[0] for name, given, _ in calls if name == "stream"]
+        assert warm == [options["stream"]] * WARM_UP
+        assert [given[0] for name, given, _ in calls if name == "use_mem_pool"] == (
+            [step._beside.pool] * WARM_UP
+        )
         assert options["capture_error_mode"] == "thread_local"
+        assert options["stream"].device == weight.device
+        return step, options["stream"]
+
+    (first, its), (second, other) = run(), run()
+    assert its is not other
+    del first
+    assert run()[1] is its
+    assert second._beside.stream is other

@@ -126,7 +126,7 @@ def test_a_static_cache_is_written_in_place_up_to_its_length():
     model(ids[:, :S], cache=cache)
     with pytest.raises(ValueError, match="^cache: got 10 columns; accepted: max_length, 9"):
         model(ids[:, S:], cache=cache)
-    assert int(cache.next) == S and (cache.keys[1][:, :, S:] == 0).all()
+    assert cache.end.tolist() == [S] * B and (cache.keys[1][:, :, S:] == 0).all()
     now = [t.data_ptr() for t in (*cache.keys, *cache.values, cache.real, cache.position)]
     assert where == now
     with pytest.raises(ValueError, match="^input_ids: got 1 rows; accepted: the cache's, 3"):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+import torch
 
-from flexmore_kernels import checkpoint
+from flexmore_kernels import checkpoint, checkpoint_writer
+from flexmore_kernels.checkpoint_layout import read_layout
 from flexmore_kernels.commands import sweep as command
 from flexmore_kernels.conversion import one_matrix, sweep
 from flexmore_kernels.conversion.convert import convert_checkpoint
@@ -69,6 +72,51 @@ def test_randomized_sweep_is_nested(source, tmp_path):
             assert found.error <= least.error + found.bound + 1e-6 * least.norm
     errors = [report.relative_error() for report in reports]
     assert errors == sorted(errors, reverse=True)
+
+
+class Alive:
+    """Bytes of all tensors that there are, at moments that a function is entered; views once."""
+
+    def __init__(self, monkeypatch):
+        self.monkeypatch, self.seen = monkeypatch, {}
+
+    def now(self):
+        held = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for t in gc.get_objects()
+            if type(t) is torch.Tensor
+        }
+        return sum(held.values())
+
+    def at(self, place, name):
+        before, function = self.now(), getattr(place, name)
+
+        def look(*arguments, **more):
+            self.seen.setdefault(name, []).append(self.now() - before)
+            return function(*arguments, **more)
+
+        self.monkeypatch.setattr(place, name, look)
+
+
+def test_memory_is_that_of_one_layer_and_one_choice(tmp_path, monkeypatch):
+    """However many choices there are: the factors of all of these are far more."""
+    D, F, experts, most = 32, 48, 4, 19  # factors of 19.2 would cost as much as the matrix
+    ranks = range(1, most + 1, 3)
+    sizes = SIZES | {"hidden_size": D, "intermediate_size": F, "num_layers": 1}
+    checkpoint.make_demo_checkpoint(tmp_path / "source", expert_ranks=(0,) * experts, **sizes)
+    size = [part.nbytes for part in read_layout(tmp_path / "source").parts.values()]
+    layer = sum(size)
+    factors = 3 * (experts - 1) * most * (D + F) * 4
+    assert sum(ranks) / most * factors > 1.3 * (layer + factors)
+    # W_0, delta, u, vt and s.
+    one_matrix_in_float64 = 8 * (3 * D * F + D * D + D)
+    alive = Alive(monkeypatch)
+    alive.at(one_matrix.OneMatrix, "store")
+    alive.at(checkpoint_writer, "save_file")
+    sweep.sweep_checkpoints(tmp_path / "source", tmp_path / "out", ranks)
+    assert len(alive.seen["save_file"]) == 2 * len(ranks)
+    assert max(alive.seen["save_file"]) <= layer + factors
+    assert max(alive.seen["store"]) <= layer + factors + one_matrix_in_float64
 
 
 def test_interrupted_sweep_goes_on(source, tmp_path, decomposed, monkeypatch):

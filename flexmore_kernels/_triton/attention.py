@@ -43,7 +43,8 @@ def _turned(
 @triton.jit
 def flexmore_rotated_heads(
     q_out_ptr, k_out_ptr, v_out_ptr, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr,
-    cos_ptr, sin_ptr, columns_ptr, length, q_width, k_width, stride_b, stride_h, stride_s,
+    cos_ptr, sin_ptr, columns_ptr, length, q_width, k_width, q_stride, k_stride, v_stride,
+    stride_b, stride_h, stride_s,
     ONE_ANGLE: tl.constexpr, HEAD: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -59,7 +60,7 @@ def flexmore_rotated_heads(
     at = tl.arange(0, BLOCK)
     if part == 0:
         y = _turned(
-            q_ptr + row * q_width, q_weight_ptr, cos_ptr, sin_ptr, at, q_width, HEAD, EPS, ACC
+            q_ptr + row * q_stride, q_weight_ptr, cos_ptr, sin_ptr, at, q_width, HEAD, EPS, ACC
         )
         tl.store(
             q_out_ptr + row * q_width + at, y.to(q_out_ptr.dtype.element_ty), mask=at < q_width
@@ -71,11 +72,11 @@ def flexmore_rotated_heads(
         place = request * stride_b + column * stride_s + at // HEAD * stride_h + at % HEAD
         if part == 1:
             y = _turned(
-                k_ptr + row * k_width, k_weight_ptr, cos_ptr, sin_ptr, at, k_width, HEAD, EPS, ACC
+                k_ptr + row * k_stride, k_weight_ptr, cos_ptr, sin_ptr, at, k_width, HEAD, EPS, ACC
             )
             tl.store(k_out_ptr + place, y.to(k_out_ptr.dtype.element_ty), mask=at < k_width)
         else:
-            v = tl.load(v_ptr + row * k_width + at, mask=at < k_width, other=0.0)
+            v = tl.load(v_ptr + row * v_stride + at, mask=at < k_width, other=0.0)
             tl.store(v_out_ptr + place, v, mask=at < k_width)
 
 
@@ -88,7 +89,7 @@ def flexmore_attend_filled(
 ):  # fmt: skip
     pair = tl.program_id(0).to(tl.int64)  # request and key-value head
     part = tl.program_id(1)
-    end = tl.load(end_ptr).to(tl.int32)
+    end = tl.load(end_ptr + pair // KV_HEADS).to(tl.int32)
     share = ((end + BLOCK_N - 1) // BLOCK_N + PARTS - 1) // PARTS * BLOCK_N
     begin = part * share
     stop = tl.minimum(begin + share, end)
@@ -161,11 +162,12 @@ def rotated_heads(
     place,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (batch, length, q_width), k_width, head = q.shape, k.shape[2], 2 * cos.shape[-1]
-    q, k, v, cos, sin = (x.contiguous() for x in (q, k, v, cos, sin))
-    heads = torch.empty_like(q).view(batch, length, -1, head).transpose(1, 2)
+    (q, q_stride), (k, k_stride), (v, v_stride) = map(_even_rows, (q, k, v))
+    cos, sin = cos.contiguous(), sin.contiguous()
+    heads = q.new_empty(batch, length, q_width // head, head).transpose(1, 2)
     if place is None:
-        keys, columns = torch.empty_like(k).view(batch, length, -1, head).transpose(1, 2), None
-        values = v.view(batch, length, -1, head).transpose(1, 2)
+        keys = k.new_empty(batch, length, k_width // head, head).transpose(1, 2)
+        values, columns = v.unflatten(-1, (-1, head)).transpose(1, 2), None
     else:
         keys, values, columns = place
     block = tiles.padded(max(q_width, k_width))
@@ -173,11 +175,18 @@ def rotated_heads(
         with tiles.device_guard(q):
             flexmore_rotated_heads[(batch * length, 2 if place is None else 3)](
                 heads, keys, values, q, k, v, q_weight, k_weight, cos, sin, columns,
-                length, q_width, k_width, *keys.stride()[:3],
+                length, q_width, k_width, q_stride, k_stride, v_stride, *keys.stride()[:3],
                 ONE_ANGLE=cos.shape[0] == 1, HEAD=head, EPS=eps,
                 ACC=tiles.accumulator(q.dtype), BLOCK=block, num_warps=warps(block),
             )  # fmt: skip
     return heads, keys, values
+
+
+def _even_rows(x: Tensor) -> tuple[Tensor, int]:
+    """x (B, S, W) with all rows at one distance, a copy if it must be; that distance."""
+    if x.stride(2) != 1 or x.stride(0) != x.shape[1] * x.stride(1):
+        x = x.contiguous()
+    return x, x.stride(1)
 
 
 def parts(pairs: int, columns: int, block: int) -> int:
@@ -187,7 +196,7 @@ def parts(pairs: int, columns: int, block: int) -> int:
 
 
 def attend_filled(q: Tensor, keys: Tensor, values: Tensor, real: Tensor, end: Tensor) -> Tensor:
-    """q (B, H, 1, d) against keys, values (B, H_kv, C, d): columns real (B, C), before end (1,)."""
+    """q (B, H, 1, d) against keys, values (B, H_kv, C, d): columns real (B, C), before end (B,)."""
     (batch, heads, _, head), kv_heads, columns = q.shape, keys.shape[1], keys.shape[2]
     groups, d_pad, block = heads // kv_heads, tiles.padded(head, 16), 128 // keys.element_size()
     acc = tiles.torch_accumulator(q.dtype)
@@ -197,7 +206,7 @@ def attend_filled(q: Tensor, keys: Tensor, values: Tensor, real: Tensor, end: Te
     stats = torch.empty(batch * heads, 2, count, device=q.device, dtype=acc)
     stage = 2 * block * d_pad * keys.element_size()
     fixed = 4 * tiles.padded(groups, 16) * (d_pad + block)  # q, and p on its way to the product
-    stages = tiles.fitting_stages(stage, 3, tiles.shared_memory(q.device), fixed)
+    stages = tiles.fitting_stages(stage, 2, tiles.shared_memory(q.device), fixed)
     with tiles.device_guard(q):
         flexmore_attend_filled[(batch * kv_heads, count)](
             sums, stats, q, keys, values, real, end, columns,

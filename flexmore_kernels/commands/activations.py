@@ -83,14 +83,11 @@ def _ids_of_lines(path: Path, layout: Any) -> list[list[int]]:
 
 
 def _ids_of_text(path: Path, layout: Any) -> list[list[int]]:
-    found = layout.directory / "tokenizer.json"
-    if not found.is_file():
-        raise ValueError(f"{found}: missing; accepted: token ids, as .jsonl")
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise ValueError("text: needs `pip install tokenizers`, or token ids as .jsonl") from None
-    return [Tokenizer.from_file(str(found)).encode(path.read_text()).ids]
+    from ..text import read_tokenizer
+
+    instead = "a file of token ids, as .jsonl"
+    tokenizer = read_tokenizer(layout.directory, argument="FILE", instead=instead)
+    return [tokenizer.encode(path.read_text()).ids]
 
 
 def _cut(rows: list[list[int]], tokens: int, length: int) -> list[list[int]]:

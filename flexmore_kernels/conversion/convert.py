@@ -4,8 +4,10 @@
 
 for each of gate, up and down of each expert beside the public one (FlexMoRE, arXiv 2602.08818, and
 its authors' converter). At any time one layer's tensors are in memory, and one matrix's difference
-in float64 with its decomposition. One decomposition serves every target, since factors are nested;
-of several targets, what each keeps of the layer is in memory beside it until the layer is written.
+in float64 with its decomposition. One decomposition serves every target, since factors are nested:
+of each matrix those of the largest rank alone are kept, in place of the matrix, which is let go of
+when it is done. What a target writes of them is copied, for one target at a time, when no matrix of
+the source is left: that is the most there is where factors are smaller than what they stand for.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..checkpoint_folders import removed_if_bad
 from ..checkpoint_layout import Layout, mlp_prefix
@@ -186,6 +189,24 @@ def _convert_layer(
 ) -> None:
     start = time.monotonic()
     source = SourceLayer(work.layout, layer, work.device)
+    tensors, matrices = make_layer(work, targets, source, spectra, progress)
+    del source  # with what is left of it
+    for target in targets:  # nothing but what is still to be written is held on to
+        target.write(layer, tensors.pop(0), matrices.pop(0), time.monotonic() - start)
+
+
+def make_layer(
+    work: Work,
+    targets: Sequence[Target],
+    source: SourceLayer,
+    spectra: Mapping[Key, Spectrum],
+    progress: Progress,
+) -> tuple[list[dict[str, Tensor]], list[list[dict]]]:
+    """Of each target a layer's tensors, all of them views of the same, and its matrices' facts.
+
+    Takes the experts' matrices out of `source` as they are done.
+    """
+    layer = source.layer
     shared = {f"{mlp_prefix(layer)}{name}": tensor for name, tensor in source.others().items()}
     shared |= read_others(work.layout, layer)
     tensors = [dict(shared) for _ in targets]
@@ -196,6 +217,7 @@ def _convert_layer(
             kept, fields = one.store(rank, targets[i])
             tensors[i] |= {f"{mlp_prefix(layer)}{name}": tensor for name, tensor in kept.items()}
             matrices[i].append(fields)
+        source.let_go(key)
+        del one  # with its decomposition, before the next one's difference is made
         progress.done(1, str(key))
-    for target, named, fields in zip(targets, tensors, matrices, strict=True):
-        target.write(layer, named, fields, time.monotonic() - start)
+    return tensors, matrices

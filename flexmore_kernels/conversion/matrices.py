@@ -96,12 +96,24 @@ def read_others(layout: Layout, layer: int | None) -> dict[str, Tensor]:
 
 
 class SourceLayer:
-    """The tensors of one MoE layer, and the deltas of its experts in float64 on a device."""
+    """The tensors of one MoE layer, and the deltas of its experts in float64 on a device.
 
-    def __init__(self, layout: Layout, layer: int, device: torch.device) -> None:
+    tensors: read from the checkpoint unless they are given, under the names of
+    `FlexMoRE.state_dict()`, on the device.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        layer: int,
+        device: torch.device,
+        tensors: dict[str, Tensor] | None = None,
+    ) -> None:
         self.layout, self.layer, self.device = layout, layer, device
-        # Straight to the device, which also looks for NaN faster.
-        self.tensors = read_tensors(layout, mlp_prefix(layer), device=device)
+        if tensors is None:
+            # Straight to the device, which also looks for NaN faster.
+            tensors = read_tensors(layout, mlp_prefix(layer), device=device)
+        self.tensors = tensors
         self._base: tuple[str, Tensor] | None = None
 
     def delta(self, key: Key) -> Tensor:
@@ -125,6 +137,11 @@ class SourceLayer:
             if name in self.tensors:
                 return self.tensors[name].dtype
         return self.tensors[f"experts.0.{key.projection}_proj.weight"].dtype
+
+    def let_go(self, key: Key) -> None:
+        """Of a matrix that is done: whoever does not keep its tensors has its memory back."""
+        for end in ("", "_a", "_b"):
+            self.tensors.pop(f"{key.local}{end}.weight", None)
 
     def others(self) -> dict[str, Tensor]:
         """The router and the public expert."""

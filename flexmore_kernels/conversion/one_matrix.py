@@ -27,24 +27,31 @@ class OneMatrix:
         self.delta = source.delta(key)
         self.moment = work.moments(key)
         self.norm = float(self.delta.norm())
+        self.dtype = work.dtype or source.dtype(key)
         self.found: Decomposition | None = None
+        self.pair: tuple[Tensor, Tensor] | None = None
 
     def settle(self, targets: Sequence[Target]) -> list[Rank]:
-        """Each target's rank; decomposes as far as they need."""
+        """Each target's rank; decomposes as far as they need, and makes the largest factors."""
         if self.norm == 0.0:
             return [0] * len(targets)
         if any(target.ranks is None for target in targets) and self.spectrum is None:
             self._look()
         ranks = [target.rank_of(self.key, self.spectrum) for target in targets]
         made = [rank for rank in ranks if not self._as_it_is(rank)]
-        if made and self.found is None:
-            self._decompose(max(made))
+        if made:
+            if self.found is None:
+                self._decompose(max(made))
+            a, b = factor_pair(self.found, max(made), self.dtype)
+            self.pair = a.cpu(), b.cpu()
         return ranks
 
     def store(self, rank: Rank, target: Target) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors under their names in the layer, and what the report says of them."""
-        local, dtype = self.key.local, target.dtype or self.source.dtype(self.key)
-        kept, dropped, bound, full = {}, 0.0, 0.0, None
+        """The tensors under their names in the layer, and what the report says of them.
+
+        Factors are views of those of the largest rank.
+        """
+        local, kept, dropped, bound, full = self.key.local, {}, 0.0, 0.0, None
         if rank == 0:
             dropped = self.norm
         elif self._as_it_is(rank):
@@ -53,13 +60,13 @@ class OneMatrix:
             full = "full" if self.have == "full" or (target.compat and rank == "full") else None
         else:
             dropped, bound = error(self.found, rank), self.found.bound
-            pair = _trimmed(*factor_pair(self.found, rank, dtype))
+            pair = _trimmed(*self.pair, rank)
             if pair[0].shape[0]:
-                kept = {f"{local}_{s}.weight": t.cpu() for s, t in zip("ab", pair, strict=True)}
+                kept = {f"{local}_{s}.weight": t for s, t in zip("ab", pair, strict=True)}
         if full == "full" and self.have != "full":
             rest = self._rest_when_dense(kept, target.dtype)
         else:
-            rest = self._rest(kept, dtype)
+            rest = self._rest(kept)
         fields = {
             "layer": self.key.layer,
             "expert": self.key.expert,
@@ -101,15 +108,15 @@ class OneMatrix:
             return True
         return isinstance(self.have, int) and rank >= self.have
 
-    def _rest(self, kept: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor | None:
-        """delta minus what these tensors make of it when they are stored in `dtype`; None: zero."""
+    def _rest(self, kept: Mapping[str, Tensor]) -> Tensor | None:
+        """delta minus what these tensors make of it when they are stored; None: zero."""
         if not kept:
             return self.delta
-        if dtype == self.source.dtype(self.key) and all(
+        if self.dtype == self.source.dtype(self.key) and all(
             self.source.tensors.get(name) is tensor for name, tensor in kept.items()
         ):
             return None
-        held = [t.to(self.work.device, dtype).double() for t in kept.values()]
+        held = [t.to(self.work.device, self.dtype).double() for t in kept.values()]
         if len(held) == 1:
             return self.delta - (held[0] - self.source.base(self.key))
         return torch.addmm(self.delta, held[1], held[0], alpha=-1)
@@ -131,8 +138,10 @@ class OneMatrix:
         return float(((matrix @ moment) * matrix).sum().clamp_min(0.0).sqrt())
 
 
-def _trimmed(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Without the last rows of a that are zero with b's columns: a reader would cut them too."""
-    live = ((a != 0).any(1) | (b != 0).any(0)).nonzero()
-    rank = int(live[-1]) + 1 if len(live) else 0
-    return a[:rank].contiguous(), b[:, :rank].contiguous()
+def _trimmed(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Views of this rank, without the last rows of a that are zero with b's columns: a reader would
+    cut them too.
+    """
+    while rank and not (a[rank - 1].any() or b[:, rank - 1].any()):
+        rank -= 1
+    return a[:rank], b[:, :rank]

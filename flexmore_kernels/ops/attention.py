@@ -32,7 +32,7 @@ class Place(NamedTuple):
 
 
 class Filled(NamedTuple):
-    """What of a static cache one token may see: real columns, bool (B, C), before `end`, (1,)."""
+    """What of a static cache one token may see: real columns, bool (B, C), before `end`, (B,)."""
 
     real: Tensor
     end: Tensor
