@@ -30,8 +30,9 @@ from .adapter_config import CONFIG_FILE, WEIGHTS_FILE
 from .adapter_others import OtherPart, Others, parts_of
 from .adapters import Adapter, Place, accumulator, shortest
 from .checkpoint import read_tensors
-from .checkpoint_config import RANK_KEYS, with_ranks
+from .checkpoint_config import RANK_KEYS
 from .checkpoint_config import shortest as shortest_entry
+from .checkpoint_forms import config_for
 from .checkpoint_layout import PROJECTIONS, mlp_prefix
 from .checkpoint_writer import CheckpointWriter, copy_side_files, fingerprint
 from .checks import check_int, check_one_of
@@ -106,7 +107,7 @@ def import_adapters(
             say(f"{unit} written, {done} of {count}, {left:.0f} s left")
         copy_side_files(source.layout.directory, writer.folder)
         facts = [writer.facts[unit] for unit in units]
-        layout = writer.finish(with_ranks(config, [fact["ranks"] for fact in facts[1:]]))
+        layout = writer.finish(config_for(config, [fact["ranks"] for fact in facts[1:]]))
     experts = tuple(
         (expert, adapter.name, tuple(ranks[expert] for ranks in layout.layer_ranks))
         for expert, adapter in enumerate(job.new, job.known)
@@ -146,7 +147,6 @@ class _Import:
     def config(self, top_k: int | None) -> dict[str, Any]:
         """config.json of the mixture, without its ranks."""
         values = {k: v for k, v in self.source.layout.config.items() if k not in RANK_KEYS}
-        values.pop("auto_map", None)
         known_k = self.total if self.source.is_dense else values["num_experts_per_tok"]
         values |= {
             "architectures": ["FlexMoREForCausalLM"],

@@ -40,7 +40,7 @@ from .checkpoint_layout import (
     read_layout,
     tensor_shapes,
 )
-from .checkpoint_writer import write_index, write_json, write_tensors
+from .checkpoint_writer import write_config, write_index, write_tensors
 from .layer import FlexMoRE
 from .model import FlexMoREConfig, FlexMoREForCausalLM
 
@@ -213,7 +213,7 @@ def save_checkpoint(
         tensors = fuse_experts(dict(tensors), checked["num_experts"])
     with made_whole(directory) as partial:
         _write_files(partial, tensors, max_file_bytes)
-        write_json(partial / "config.json", written)
+        write_config(partial, written)
         read_layout(partial)
 
 

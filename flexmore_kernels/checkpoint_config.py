@@ -9,9 +9,18 @@ a key of this library: for each layer a list of E entries as `FlexMoRE(expert_ra
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 RANK_KEYS = ("expert_ranks", "layer_expert_ranks")
+# What transformers loads by `trust_remote_code=True`: AUTO_MAP in a config.json names classes in
+# the few lines of LOADER, which are copied beside it.
+LOADER = Path(__file__).parent / "hf" / "modeling_flexmore.py"
+AUTO_MAP = {
+    "AutoConfig": f"{LOADER.stem}.FlexMoREConfig",
+    "AutoModel": f"{LOADER.stem}.FlexMoREModel",
+    "AutoModelForCausalLM": f"{LOADER.stem}.FlexMoREForCausalLM",
+}
 # Of FlexOlmo's configuration: a config.json may leave out what has its default value.
 _FLEX_OLMO = {"vocab_size": 100352, "hidden_size": 4096, "intermediate_size": 11008,
               "num_hidden_layers": 32, "num_attention_heads": 32, "num_experts": 7,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint_config import RANK_KEYS, as_triple, largest_ranks, with_ranks
+from .checkpoint_config import AUTO_MAP, RANK_KEYS, as_triple, largest_ranks, with_ranks
 from .checkpoint_layout import FUSED, KINDS, PROJECTIONS, mlp_prefix
 
 _ARCHITECTURES = {"flexmore": "FlexMoREForCausalLM", "flex_olmo": "FlexOlmoForCausalLM"}
@@ -134,13 +134,16 @@ def config_for(
     """The object of config.json for a checkpoint of this kind with these experts.
 
     config: any of the model's config.json, of either model type. compat: for the padded form, with
-    `expert_ranks` alone.
+    `expert_ranks` alone, and without the `auto_map` by which transformers finds this library:
+    where `trust_remote_code` is always given, the authors' reader is to stay the one that reads it.
     """
     if compat and kind == "flexmore":
         layer_ranks = [padded_ranks(layer_ranks)] * len(layer_ranks)
     model_type = "flexmore" if kind == "flexmore" else "flex_olmo"
     found = {"architectures": None, **with_ranks(config, layer_ranks), "model_type": model_type}
-    found.pop("auto_map", None)  # names Python files, which are not copied
+    found.pop("auto_map", None)  # names the source's Python files, which are not copied
+    if kind == "flexmore" and not compat:
+        found["auto_map"] = dict(AUTO_MAP)
     if config.get("model_type", "flexmore") != model_type or not config.get("architectures"):
         found["architectures"] = [_ARCHITECTURES[model_type]]
     if model_type == "flex_olmo":

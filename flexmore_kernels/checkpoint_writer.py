@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .checkpoint_config import AUTO_MAP, LOADER
 from .checkpoint_folders import JOURNAL, LOCK, clear_finished, refuse_existing
 from .checkpoint_headers import INDEX_FILE, file_names, read_header, read_json
 from .checkpoint_layout import Layout, read_layout
@@ -133,7 +134,7 @@ class CheckpointWriter:
         if self.remaining:
             raise ValueError(f"units: {', '.join(self.remaining)} not written yet")
         try:
-            write_json(self.folder / "config.json", self._config if config is None else config)
+            write_config(self.folder, self._config if config is None else config)
             if len(self.units) > 1:
                 write_index(self.folder, self._files.values())
         except OSError as error:
@@ -262,6 +263,13 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_config(directory: Path, config: Mapping[str, Any]) -> None:
+    """config.json, and what its `auto_map` names where that is ours."""
+    if config.get("auto_map") == AUTO_MAP:
+        write_text(directory / LOADER.name, LOADER.read_text())
+    write_json(directory / "config.json", config)
 
 
 def write_index(directory: Path, files: Iterable[str]) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from flexmore_kernels import checkpoint
-from flexmore_kernels.checkpoint_config import rank_fields
+from flexmore_kernels.checkpoint_config import AUTO_MAP, rank_fields
 from flexmore_kernels.checkpoint_forms import (
     config_for,
     dense_weight,
@@ -166,9 +166,12 @@ def test_config_changes_its_model_type():
     assert not olmo.keys() & {"scoring", "expert_ranks", "layer_expert_ranks"}
     back = config_for(olmo | {"auto_map": {}}, [(0, 3)] * 2)
     assert (back["model_type"], back["architectures"]) == ("flexmore", ["FlexMoREForCausalLM"])
-    assert back["expert_ranks"] == [0, 3] and "auto_map" not in back
-    kept = config_for(back | {"auto_map": {"AutoConfig": "x"}}, [(0, 3)] * 2)
-    assert "auto_map" not in kept  # a checkpoint is written without the Python files it names
+    assert back["expert_ranks"] == [0, 3] and back["auto_map"] == AUTO_MAP
+    # A checkpoint is written without the Python files that its source names.
+    named = back | {"auto_map": {"AutoConfig": "x"}}
+    assert config_for(named, [(0, 3)] * 2)["auto_map"] == AUTO_MAP
+    assert "auto_map" not in config_for(named, [(0, 3)] * 2, compat=True)
+    assert "auto_map" not in config_for(named, [(0, 0)] * 2, kind="flex_olmo")
 
 
 @pytest.mark.parametrize("kind", ["flex_olmo", "flex_olmo_fused"])

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from flexmore_kernels import checkpoint, checkpoint_writer
+from flexmore_kernels.checkpoint_config import LOADER
 from flexmore_kernels.checkpoint_folders import made_whole
 from flexmore_kernels.checkpoint_layout import read_layout
 from flexmore_kernels.checkpoint_writer import CheckpointWriter, fingerprint
@@ -64,8 +65,10 @@ def test_all_units_make_the_checkpoint(source, tmp_path):
     assert layout.shapes == source.shapes and layout.notes == ()
     files = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     found = sorted(path.name for path in out.iterdir())
-    assert found == ["config.json", *files, "model.safetensors.index.json", "report.json"]
-    index = json.loads((out / "model.safetensors.index.json").read_text())
+    index_file, loader = "model.safetensors.index.json", "modeling_flexmore.py"
+    assert found == ["config.json", *files, index_file, loader, "report.json"]
+    assert (out / loader).read_text() == LOADER.read_text()
+    index = json.loads((out / index_file).read_text())
     assert index["metadata"]["total_size"] == sum(p.nbytes for p in source.parts.values())
     for name, tensor in checkpoint.read_tensors(layout).items():
         assert_same(tensor, checkpoint.read_tensors(source, names=[name])[name], name)

@@ -202,6 +202,7 @@ def test_padded_form_holds_the_same(source, tmp_path, device):
     )
     config = json.loads((tmp_path / "padded" / "config.json").read_text())
     assert config["expert_ranks"] == [0, 4, 6, 3, 2] and "layer_expert_ranks" not in config
+    assert "auto_map" not in config  # the authors' reader stays the one that reads it
     tensors, ragged = load_all(tmp_path / "padded"), load_all(tmp_path / "ragged")
     assert tensors["model.layers.1.mlp.experts.4.up_proj_a.weight"].shape == (2, D)
     assert report.after.parameters == sum(t.numel() for t in tensors.values())

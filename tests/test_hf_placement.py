@@ -1,4 +1,4 @@
-"""Where the weights are: offloaded by accelerate, sharded by FSDP2, loaded by a stranger's process.
+"""Where the weights are: on two GPUs, offloaded, sharded by FSDP2, loaded by a stranger's process.
 
 Traps covered: the children of a block never run their own forward, so their accelerate hooks have
 to be run by the block; the decoder layer is not split; sharded gradients are those of one process;
@@ -8,6 +8,7 @@ a saved directory loads with `trust_remote_code` where nobody imported flexmore_
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import os
 import subprocess
@@ -22,12 +23,17 @@ import torch.multiprocessing as mp
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from flexmore_kernels import testing
+from flexmore_kernels.checkpoint import save_checkpoint
 from tests.hf_models import RAGGED, make, make_stock, plain, some_ids
 
 transformers = pytest.importorskip("transformers", minversion="5.17")
 hf = pytest.importorskip("flexmore_kernels.hf")
 
 ROOT = Path(__file__).parent.parent
+# Wide enough for the kernels that need aligned rows and ranks.
+WIDE = {"hidden_size": 128, "intermediate_size": 192}
+WIDE_RANKS = [0, 16, [32, 0, "full"], 64]
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
 
 
 def test_offloaded_to_the_cpu():
@@ -91,6 +97,56 @@ def test_an_automatic_device_map_keeps_layers_whole():
             found |= {name for name in places if name.startswith("model.layers")}
     assert {"model.layers.0", "model.layers.1"} <= found
     assert all(name.count(".") <= 2 for name in found)
+
+
+@pytest.mark.gpu
+@two_gpus
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_device_map_over_two_gpus(dtype, tmp_path):
+    pytest.importorskip("accelerate")
+    model, ids = make(WIDE_RANKS, **WIDE).to(dtype), some_ids()
+    model.save_pretrained(tmp_path)
+    first = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.layers.0"), 0)
+    both = first | dict.fromkeys(("model.layers.1", "model.norm", "lm_head"), 1)
+    load = functools.partial(hf.FlexMoREForCausalLM.from_pretrained, tmp_path, dtype=dtype)
+    one, two = load(device_map={"": 0}), load(device_map=both)
+    places = {n.split(".")[2]: p.device.index for n, p in two.named_parameters() if "experts" in n}
+    assert places == {"0": 0, "1": 1}
+    mask = torch.tensor([[True] * 4, [True, False, True, True]])
+    for options in ({}, {"expert_mask": mask.cuda(0)}):
+        with torch.no_grad(), torch.cuda.device(0):
+            alone, found = (each(ids.cuda(0), **options).logits.cpu() for each in (one, two))
+            assert torch.cuda.current_device() == 0
+        truth = plain(model)(ids, **{name: given.cpu() for name, given in options.items()})
+        testing.assert_accurate(found, truth.detach(), alone)
+        tokens = [
+            each.generate(ids.cuda(0), max_new_tokens=4, do_sample=False, **options)
+            for each in (one, two)
+        ]
+        assert tokens[1].equal(tokens[0])
+
+
+@pytest.mark.gpu
+@two_gpus
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 40, 600])
+def test_a_layer_on_another_gpu_than_the_current_one(tokens, dtype):
+    """A kernel launched on the current device, or on its stream, could not read the tensors."""
+    block = make(WIDE_RANKS, **WIDE).to(dtype).model.layers[0].mlp
+    x, dy = torch.randn(2, tokens, 128, dtype=dtype)
+    found = []
+    for device in ("cuda:0", "cuda:1"):
+        own, x_own = copy.deepcopy(block).to(device), x.to(device)
+        with torch.cuda.device(0):
+            with torch.no_grad():
+                found.append([own(x_own)])  # other kernels than in training
+            y = own(x_own.requires_grad_())
+            y.backward(dy.to(device))
+            assert torch.cuda.current_device() == 0
+        found[-1] += [y.detach(), x_own.grad, *(p.grad for p in own.parameters())]
+        assert {str(each.device) for each in found[-1]} == {device}
+    for one, other in zip(*found, strict=True):
+        testing.assert_same(other.cpu(), one.cpu())
 
 
 def joined(rank: int, work: Callable, port: int, directory: str) -> None:
@@ -208,15 +264,17 @@ def test_two_processes_of_stock_expert_parallelism_are_one(tmp_path):
 def test_a_stranger_loads_it_with_trust_remote_code(tmp_path):
     model, ids = make(RAGGED), some_ids(1, 5)
     model.save_pretrained(tmp_path / "saved")
+    save_checkpoint(tmp_path / "written", model.state_dict(), plain(model).config.to_dict())
     program = f"""
 import sys, torch, transformers
 loader = transformers.AutoModelForCausalLM
 assert not any(name.startswith("flexmore") for name in sys.modules)
-model = loader.from_pretrained({str(tmp_path / "saved")!r}, trust_remote_code=True)
-assert type(model).__module__ == "flexmore_kernels.hf.modeling"
-tokens = model.generate(torch.tensor({ids.tolist()}), max_new_tokens=4, do_sample=False)
+for directory in {[str(tmp_path / name) for name in ("written", "saved")]!r}:
+    model = loader.from_pretrained(directory, trust_remote_code=True)
+    assert type(model).__module__ == "flexmore_kernels.hf.modeling"
+    tokens = model.generate(torch.tensor({ids.tolist()}), max_new_tokens=4, do_sample=False)
+    print(tokens.tolist())
 model.save_pretrained({str(tmp_path / "again")!r})
-print(tokens.tolist())
 """
     cache = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     path = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
@@ -226,7 +284,7 @@ print(tokens.tolist())
     )  # fmt: skip
     assert found.returncode == 0, found.stderr[-3000:]
     wanted = model.generate(ids, max_new_tokens=4, do_sample=False).tolist()
-    assert found.stdout.strip() == str(wanted)
+    assert found.stdout.splitlines() == [str(wanted)] * 2
     files = {each.name for each in (tmp_path / "again").iterdir()}
     assert files == {each.name for each in (tmp_path / "saved").iterdir()}
     loader = (tmp_path / "again" / "modeling_flexmore.py").read_text()

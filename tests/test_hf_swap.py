@@ -7,6 +7,7 @@ hooks, frozen parameters and the router's parameter stay; nothing is changed by 
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -133,6 +134,47 @@ def test_the_decoder_alone():
     found = hf.swap_experts(stock, [0] * 4)(ids).last_hidden_state
     assert type(stock) is hf.FlexMoREModel
     torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("field, theirs, own, cure", [
+    ("hidden_size", 64, 32, "convert the checkpoint"),
+    ("intermediate_size", 40, 48, "convert the checkpoint"),
+    ("num_hidden_layers", 3, 2, "convert the checkpoint"),
+    ("num_hidden_layers", 1, 2, "convert the checkpoint"),
+    ("num_experts", 5, 4, "convert the checkpoint"),
+    ("num_experts_per_tok", 3, 2, "load the model with num_experts_per_tok=3"),
+    ("norm_topk_prob", True, False, "load the model with norm_topk_prob=True"),
+    ("scoring", "sigmoid", "softmax", "FlexOlmo has no other: load"),
+    ("expert_bias", True, False, "FlexOlmo has no other: load"),
+])  # fmt: skip
+def test_a_directory_of_another_mixture_is_refused(field, theirs, own, cure, tmp_path):
+    """Its factors would be run with the model's sizes and routing, not those they were made for."""
+    experts = theirs if field == "num_experts" else 4
+    change = {} if field == "num_experts" else {field: theirs}
+    make([0, 3, 0, 5, 0][:experts], **change).save_pretrained(tmp_path)
+    stock = make_stock()
+    before = {name: tensor.clone() for name, tensor in stock.state_dict().items()}
+    wanted = f"^weights: {tmp_path} has {field} {theirs!r}; accepted: the model's, {own!r} .{cure}"
+    for ranks in (None, RANKS):
+        with pytest.raises(ValueError, match=wanted):
+            hf.swap_experts(stock, ranks, weights=tmp_path)
+    assert type(stock) is transformers.FlexOlmoForCausalLM
+    for name, tensor in stock.state_dict().items():
+        testing.assert_same(tensor, before[name], name)
+
+
+def test_the_routing_of_a_directory_is_what_the_model_was_loaded_with(tmp_path):
+    """As the message says; what config.json leaves out, as the authors' does, is the default."""
+    options = {"num_experts_per_tok": 3, "norm_topk_prob": True}
+    model, ids = make(**options), some_ids()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["scoring"], config["expert_bias"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    stock = make_stock(**options)
+    outside = {k: t for k, t in model.state_dict().items() if ".mlp." not in k}
+    stock.load_state_dict(outside, strict=False)
+    testing.assert_same(hf.swap_experts(stock, weights=tmp_path)(ids).logits, model(ids).logits)
 
 
 def bad(name):

@@ -124,7 +124,9 @@ class Target:
             notes=self.layout.notes,
             seconds=sum(found["seconds"] for found in facts.values()),
         )
-        config = config_for(self.layout.config, [found["ranks"] for found in layers])
+        config = config_for(
+            self.layout.config, [found["ranks"] for found in layers], compat=self.compat
+        )
         if self.dtype is not None:
             name = str(self.dtype).removeprefix("torch.")
             config |= {key: name for key in ("dtype", "torch_dtype") if key in config}

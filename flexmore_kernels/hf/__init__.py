@@ -7,6 +7,8 @@ swap_experts(model, expert_ranks=[0, 64, 64, ...])               a loaded FlexOl
 
 from __future__ import annotations
 
+import sys
+
 try:
     import transformers
 except ImportError as error:
@@ -30,3 +32,19 @@ AutoConfig.register("flexmore", FlexMoREConfig, exist_ok=True)
 AutoModel.register(FlexMoREConfig, FlexMoREModel, exist_ok=True)
 AutoModelForCausalLM.register(FlexMoREConfig, FlexMoREForCausalLM, exist_ok=True)
 experts.register()
+
+
+def _show(*classes: type) -> None:
+    """Make classes attributes of `transformers`: `transformers serve` takes a model's class from
+    there, by the name in config.json, also one that `trust_remote_code` loads.
+
+    transformers/processing_utils.py runs the package's __init__ a second time, so that there are
+    two modules of that name; the server may hold the first one.
+    """
+    server = sys.modules.get("transformers.cli.serving.model_manager")
+    for module in {sys.modules["transformers"], getattr(server, "transformers", transformers)}:
+        for each in classes:
+            setattr(module, each.__name__, each)
+
+
+_show(FlexMoREForCausalLM, FlexMoREModel)

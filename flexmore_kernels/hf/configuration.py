@@ -17,20 +17,13 @@ from huggingface_hub.dataclasses import strict
 from transformers import FlexOlmoConfig
 from transformers.utils import logging
 
+from ..checkpoint_config import AUTO_MAP, LOADER
 from ..checkpoint_layout import PROJECTIONS, as_triple
 from ..checks import SCORINGS, check_int, check_one_of
 from ..storage import parse_ranks
 from .stored_ranks import stored_ranks
 
 logger = logging.get_logger(__name__)
-
-# Copied beside saved weights, and named in their config.json.
-_LOADER = Path(__file__).with_name("modeling_flexmore.py")
-_AUTO_MAP = {
-    "AutoConfig": f"{_LOADER.stem}.FlexMoREConfig",
-    "AutoModel": f"{_LOADER.stem}.FlexMoREModel",
-    "AutoModelForCausalLM": f"{_LOADER.stem}.FlexMoREForCausalLM",
-}
 
 
 @strict  # reads the fields' types, so here annotations are no strings
@@ -151,9 +144,9 @@ class FlexMoREConfig(FlexOlmoConfig):
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Write config.json and, beside it, the few lines by which the directory loads with
         `trust_remote_code=True` where nobody imported this package."""
-        self.auto_map = dict(_AUTO_MAP)
+        self.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, *args, **kwargs)
-        shutil.copyfile(_LOADER, Path(save_directory) / _LOADER.name)
+        shutil.copyfile(LOADER, Path(save_directory) / LOADER.name)
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()

@@ -1,7 +1,8 @@
 """Loads a saved FlexMoRE model by `trust_remote_code=True`; needs `pip install flexmore_kernels`.
 
-`save_pretrained` copies this file beside the weights, and config.json's `auto_map` names it: so
-`AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` works without an import.
+`save_pretrained` and `flexmore convert` copy this file beside the weights, and config.json's
+`auto_map` names it: so `AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`
+works without an import.
 """
 
 from flexmore_kernels.hf.configuration import FlexMoREConfig

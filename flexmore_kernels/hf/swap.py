@@ -23,7 +23,7 @@ from transformers.models.flex_olmo.modeling_flex_olmo import FlexOlmoSparseMoeBl
 from transformers.utils import logging
 
 from ..checkpoint import read_layer
-from ..checkpoint_layout import PROJECTIONS, as_triple, read_layout
+from ..checkpoint_layout import PROJECTIONS, Layout, as_triple, read_layout
 from ..checks import check_one_of, check_tensor
 from .configuration import FlexMoREConfig
 from .modeling import (
@@ -59,7 +59,8 @@ def swap_experts(
     Layers are done one after the other, on the device and in the dtype of each, so that one layer
     is in memory twice. Parameters of the experts are new ones (make the optimizer afterwards);
     `requires_grad` follows the old ones. Raises ValueError or TypeError naming the argument, before
-    anything is changed, also for NaN and Inf in weights of which an SVD is to be taken.
+    anything is changed, also for NaN and Inf in weights of which an SVD is to be taken, and for a
+    directory whose sizes or routing are not the model's: factors are made for one router.
     """
     if type(model) not in _BECOMES:
         accepted = ", ".join(cls.__name__ for cls in _BECOMES)
@@ -69,6 +70,8 @@ def swap_experts(
     for layer, block in enumerate(decoder.layers):
         _check_block(f"model.layers.{layer}.mlp", block.mlp, model.config)
     source = _Source(weights)
+    if source.layout is not None:
+        _check_config(source.layout, model.config)
     _check_names(source.tensors, decoder)
     if expert_ranks is None:
         if weights is None:
@@ -132,6 +135,28 @@ def _check_names(given: Mapping[str, Tensor], decoder: nn.Module) -> None:
             raise ValueError(
                 f"weights: got {name}; accepted: model.layers.{{l}}.mlp.* of {len(blocks)} layers"
             )
+
+
+def _check_config(layout: Layout, config: Any) -> None:
+    """Raise for a checkpoint whose mixtures have other sizes or another routing than the model."""
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_experts")
+    routing = ("num_experts_per_tok", "norm_topk_prob", "scoring", "expert_bias")
+    absent = {"norm_topk_prob": False, "scoring": "softmax", "expert_bias": False}
+    stored = layout.config | {"expert_bias": layout.expert_bias}  # what is stored is what loads
+    for name in (*sizes, *routing):
+        found, own = stored.get(name, absent.get(name)), getattr(config, name, absent.get(name))
+        if found == own:
+            continue
+        if name in sizes:
+            cure = "convert the checkpoint that this model was loaded from"
+        elif hasattr(config, name):
+            cure = f"load the model with {name}={found!r}, if that is meant"
+        else:
+            cure = "FlexOlmo has no other: load the directory itself, AutoModelForCausalLM does"
+        raise ValueError(
+            f"weights: {layout.directory} has {name} {found!r}; accepted: the model's, {own!r} "
+            f"({cure})"
+        )
 
 
 def _check_block(name: str, block: nn.Module, config: Any) -> None:
