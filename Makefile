@@ -62,7 +62,7 @@ build: .venv/built
 	else $(RUN) -m pip install torch==2.13.0; fi
 	$(RUN) -m pip install 'setuptools>=77' cmake ninja 'pybind11>=3' numpy safetensors \
 	    'pytest>=8' 'pytest-benchmark>=5' 'pytest-xdist>=3' 'hypothesis>=6' 'triton>=3.6' \
-	    'transformers>=5.17' accelerate peft tokenizers
+	    'transformers>=5.17' accelerate peft tokenizers fastapi uvicorn openai
 	touch $@
 
 clean:
