@@ -6,7 +6,7 @@ import contextlib
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,10 +51,10 @@ class DecodeStep:
         device = model.model.embed_tokens.weight.device
         self._stops = torch.tensor(list(stops), dtype=torch.int64, device=device)
         self._left = WARM_UP
-        self._wants_graph, self._graph = cuda_graph, None
+        self._wants_graph = cuda_graph
         if cuda_graph:
             self._beside = _Beside.of(device)
-            weakref.finalize(self, _idle[device].append, self._beside)
+            weakref.finalize(self, self._beside.give_back).atexit = False
         self.lag = LAG if device.type == "cuda" else 0
 
     @torch.no_grad()
@@ -76,7 +76,7 @@ class DecodeStep:
         self.made += 1
         if not self._wants_graph:
             self._run()
-        elif self._graph is not None:
+        elif self._beside.graph is not None:
             self._replay()
         elif self._left:
             self._left -= 1
@@ -90,18 +90,19 @@ class DecodeStep:
         graph = torch.cuda.CUDAGraph()
         if self.generator is not None and self.sampling.temperature:
             graph.register_generator_state(self.generator)
-        length = self.cache.length
+        length, stream = self.cache.length, self._beside.stream
         # By default torch captures all graphs on one stream, that of the first device that did.
-        stream = self._beside.stream
         how = {"stream": stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.device(stream.device), torch.cuda.graph(graph, **how):
-            self._run()
-        self.cache.length = length  # what is captured has not run
-        self._graph = graph
+        try:
+            with torch.cuda.device(stream.device), torch.cuda.graph(graph, **how):
+                self._run()
+        finally:
+            self.cache.length = length  # what is captured has not run
+        self._beside.graph = graph
 
     def _replay(self) -> None:
         self.cache.advance(1)
-        self._graph.replay()
+        self._beside.replay()
 
     @torch.no_grad()
     def _run(self) -> None:
@@ -124,35 +125,75 @@ class DecodeStep:
         return event
 
 
-class _Beside(NamedTuple):
-    """A stream to warm up and capture on, of one step at a time, and where its cuBLAS works.
+class _Beside:
+    """A stream to warm up and capture on, of one step at a time, its graph, where its cuBLAS works.
 
     A captured product goes on writing to the workspace that torch gave its stream, although torch
     may free it: a compilation with CUDA graphs does, and the end of another graph of the stream
     (pytorch/pytorch#193402). In a pool of the stream's own it stays memory, and nobody else's.
     """
 
-    stream: torch.cuda.Stream
-    pool: torch.cuda.MemPool
+    STREAMS = 32
+    """That torch hands out in turn: a new one may be one that somebody has."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self._replayed: torch.cuda.Event | None = None
+        self._pool = None
+        with torch.cuda.device(device):
+            if torch.cuda.get_allocator_backend() == "native":  # others have no pools
+                self._pool = torch.cuda.MemPool()
+            for _ in range(self.STREAMS):
+                self.stream = torch.cuda.Stream()
+                if self.stream.cuda_stream in _taken:
+                    continue
+                if self._pool is None or self._gives_workspace():
+                    break
+            _taken.add(self.stream.cuda_stream)
 
     @classmethod
     def of(cls, device: torch.device) -> _Beside:
         """One that is idle, or a new one."""
-        if _idle[device]:
+        with contextlib.suppress(IndexError):
             return _idle[device].pop()
-        with torch.cuda.device(device):
-            return cls(torch.cuda.Stream(), torch.cuda.MemPool())
+        return cls(device)
+
+    def _gives_workspace(self) -> bool:
+        """See to it that the stream has a workspace; whether it had none."""
+        before = torch.cuda.memory_allocated(self.stream.device)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.cuda.stream(self.stream))
+            if self._pool is not None:
+                stack.enter_context(torch.cuda.use_mem_pool(self._pool))
+            torch.cuda.current_blas_handle()
+        return torch.cuda.memory_allocated(self.stream.device) > before
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Launch on the stream, after what the current one has and before what it gets."""
         current = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            with torch.cuda.use_mem_pool(self.pool):
-                torch.cuda.current_blas_handle()  # gives the stream its workspace
-            yield
-        current.wait_stream(self.stream)
+        if self._replayed is not None:  # the step before this one, wherever it ran
+            self.stream.wait_event(self._replayed)
+        self._gives_workspace()
+        try:
+            with torch.cuda.stream(self.stream):
+                yield
+        finally:
+            current.wait_stream(self.stream)
+
+    def replay(self) -> None:
+        """Replay the graph on the current stream."""
+        self.graph.replay()
+        if self._replayed is None:
+            self._replayed = torch.cuda.Event()
+        self._replayed.record(torch.cuda.current_stream(self.stream.device))
+
+    def give_back(self) -> None:
+        """Its step is gone: the graph too, before another step takes the stream."""
+        self.graph = None
+        _idle[self.stream.device].append(self)
 
 
 _idle: defaultdict[torch.device, list[_Beside]] = defaultdict(list)
+_taken: set[int] = set()

@@ -12,11 +12,12 @@ from torch.nn import functional as F
 
 from . import ops
 from .counters import RouterStatistics
-from .kv_cache import KVCache, Step, heads_of, uncached
+from .kv_cache import KVCache
 from .layer import FlexMoRE
 from .model_config import FlexMoREConfig
 from .ops.attention import attend, rotated_heads
 from .ops.rms_norm import rms_norm
+from .positions import Step, heads_of, uncached
 
 
 class RMSNorm(nn.Module):
@@ -45,36 +46,51 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, groups, bias=False, **kind)
         self.o_proj = nn.Linear(width, D, bias=False, **kind)
         self.q_norm, self.k_norm = RMSNorm(width, eps, **kind), RMSNorm(groups, eps, **kind)
-        self._joined: Tensor | None = None
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Lay the weights of q, k and v end to end: without a gradient they are one product then.
+        """Lay the weights of q, k and v end to end: without gradients they are one product then.
 
-        They are moved, not copied: the parameters are parts of one tensor. What replaces them later
-        (`to`, an assigning `load_state_dict`) undoes it.
+        The parameters stay what they are, as parts of one tensor. What gives them other memory (`to`
+        another device, an assigning `load_state_dict`, a copy) undoes it.
         """
-        weights = [linear.weight for linear in (self.q_proj, self.k_proj, self.v_proj)]
-        joined = torch.cat(weights)
-        for weight, part in zip(weights, self._parts(joined, 0), strict=True):
-            weight.data = part
-        self._joined = joined
+        weights = [linear.weight for linear in self._linears]
+        with torch.inference_mode(False):
+            joined = torch.cat([weight.detach() for weight in weights])
+            parts = joined.split([weight.shape[0] for weight in weights])
+            for weight, part in zip(weights, parts, strict=True):
+                weight.data = part
 
-    def _parts(self, joined: Tensor, dim: int) -> tuple[Tensor, ...]:
-        groups = self.k_norm.weight.shape[0]
-        return joined.split((self.q_norm.weight.shape[0], groups, groups), dim)
+    @property
+    def _linears(self) -> tuple[nn.Module, ...]:
+        return self.q_proj, self.k_proj, self.v_proj
+
+    def _joined(self) -> Tensor | None:
+        """The three weights as one, where they lie so and nothing but their product is asked for:
+        no gradient of theirs, no hook or wrapper of a projection."""
+        if torch.compiler.is_compiling():
+            return None
+        rows, end = 0, None
+        for linear in self._linears:
+            plain = type(linear) is nn.Linear and type(linear.weight) is nn.Parameter
+            if not plain or linear._forward_hooks or linear._forward_pre_hooks:
+                return None
+            weight = linear.weight
+            if torch.is_grad_enabled() and weight.requires_grad:
+                return None
+            storage = weight.untyped_storage().data_ptr()
+            if not weight.is_contiguous() or end not in (None, (storage, weight.storage_offset())):
+                return None
+            rows, end = rows + weight.shape[0], (storage, weight.storage_offset() + weight.numel())
+        first = self.q_proj.weight.detach()
+        return first.as_strided((rows, first.shape[1]), first.stride())
 
     def _projected(self, h: Tensor) -> tuple[Tensor, ...]:
-        """q, k and v of h, by one product where they lie together and are not trained."""
-        linears = self.q_proj, self.k_proj, self.v_proj
-        if self._joined is not None and not torch.compiler.is_compiling():
-            weights = [linear.weight for linear in linears]
-            pairs = zip(weights, self._parts(self._joined, 0), strict=True)
-            if any(weight.data_ptr() != part.data_ptr() for weight, part in pairs):
-                self._joined = None
-            elif not (torch.is_grad_enabled() and any(w.requires_grad for w in weights)):
-                return self._parts(F.linear(h, self._joined), -1)
-        return tuple(linear(h) for linear in linears)
+        """q, k and v of h, by one product where `prepare` laid their weights together."""
+        joined = self._joined()
+        if joined is None:
+            return tuple(linear(h) for linear in self._linears)
+        return F.linear(h, joined).split([linear.out_features for linear in self._linears], -1)
 
     def forward(self, h: Tensor, step: Step, cache: KVCache | None) -> Tensor:
         place = None if cache is None else cache.place(self.layer)

@@ -8,8 +8,6 @@ keys and values of a prefix are depends on it, so `key` is part of what a prefix
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -17,68 +15,15 @@ from .checks import check_int
 from .model_config import FlexMoREConfig
 from .ops.attention import Filled, Place
 from .ops.decoding import begin_token
+from .positions import Heads, Step, among_themselves, first_positions, heads_of, visible
 from .rotary import rotary_table
 
 COLUMNS_MULTIPLE = 16  # a mask's rows of a multiple of 16 bytes are read by attention as they lie
 
 
-class Step(NamedTuple):
-    """Where the tokens of one forward stand.
-
-    rotary: cos and sin (B or 1, S, d/2) of their positions. allowed: bool, broadcast to (B, 1, S,
-    columns), the columns that a token may see, or None: all, or with `causal` those before it.
-    filled: the same, of one token against a static cache, as `ops.attention` takes it.
-    """
-
-    rotary: tuple[Tensor, Tensor]
-    allowed: Tensor | None
-    causal: bool
-    filled: Filled | None = None
-
-
-class Heads(NamedTuple):
-    """What of a model a step needs: head_dim, RoPE's theta, the dtype; and what a cache is for."""
-
-    size: int
-    theta: float
-    dtype: torch.dtype
-    groups: int  # key-value heads
-    layers: int
-
-
-def heads_of(config: FlexMoREConfig, dtype: torch.dtype) -> Heads:
-    """A model's heads."""
-    layers, groups = config.num_hidden_layers, config.num_key_value_heads
-    return Heads(config.head_dim, config.rope_theta, dtype, groups, layers)
-
-
-def first_positions(mask: Tensor | None, length: int, device: torch.device) -> Tensor:
-    """(B, S), or (1, S) without a mask: tokens count from 0, padding does not, as Hugging Face."""
-    if mask is None:
-        return torch.arange(length, device=device)[None]
-    return (mask.to(torch.int64).cumsum(1) - 1).clamp(min=0)
-
-
-def among_themselves(mask: Tensor | None, length: int) -> Tensor | None:
-    """What tokens without a past may see, bool (B, 1, S, S); None without padding: causal."""
-    if mask is None:
-        return None
-    column = torch.arange(length, device=mask.device)
-    # A token may always see itself, so that a padded one has a softmax.
-    return _visible(mask, column, column)
-
-
-def _visible(real: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """bool (B, 1, rows, columns): real columns up to the row's own, and that in any case."""
-    before, own = columns < rows[:, None], columns == rows[:, None]
-    return (before & real[:, None, None, :]) | own
-
-
-def uncached(mask: Tensor | None, length: int, device: torch.device, heads: Heads) -> Step:
-    """The step of tokens that have no past and leave nothing behind."""
-    positions = first_positions(mask, length, device)
-    allowed = among_themselves(mask, length)
-    return Step(rotary_table(positions, *heads[:3]), allowed, allowed is None)
+def _alone(x: Tensor) -> Tensor:
+    """x, copied where it is a part of a product that it would keep."""
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.contiguous()
 
 
 class KVCache:
@@ -180,7 +125,7 @@ class DynamicCache(KVCache):
             columns = torch.arange(self.length, device=device)
             real = torch.ones_like(columns, dtype=torch.bool)[None]
             real = real if self._real is None else self._real
-            allowed = _visible(real, columns[past:], columns)
+            allowed = visible(real, columns[past:], columns)
         else:
             allowed = None
         return Step(rotary_table(positions, *heads[:3]), allowed, allowed is None and not past)
@@ -188,7 +133,7 @@ class DynamicCache(KVCache):
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add a layer's new keys and values (B, H, S, d); return those to attend to."""
         if layer == len(self._layers):
-            self._layers.append((k, v))
+            self._layers.append((_alone(k), _alone(v)))
         else:
             old_k, old_v = self._layers[layer]
             self._layers[layer] = (torch.cat([old_k, k], 2), torch.cat([old_v, v], 2))
@@ -285,7 +230,7 @@ class StaticCache(KVCache):
         if past == 0:
             allowed = among_themselves(mask, length)
         else:
-            allowed = _visible(self.real, self._now, self.columns)
+            allowed = visible(self.real, self._now, self.columns)
         cos, sin = self.rotary
         return Step((cos[positions], sin[positions]), allowed, allowed is None)
 

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 import reference.attention as reference
 import reference.rms_norm as norms
 from flexmore_kernels import testing
-from flexmore_kernels.kv_cache import among_themselves
 from flexmore_kernels.ops.attention import Filled, Place, attend, rotated_heads
+from flexmore_kernels.positions import among_themselves
 from flexmore_kernels.rotary import rotary_table
 
 EPS, THETA = 1e-5, 10000.0
@@ -91,6 +91,30 @@ def test_rotated_heads(each, shape, dtype, device, kernels):
         testing.assert_accurate(found, wanted, plain)
     for stored in (keys, values):
         assert (stored[:, :, :2] == 7).all() and (stored[:, :, -3:] == 7).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("how", ("parts_of_one", "turned"))
+def test_heads_that_do_not_lie_end_to_end(how, shape, device, kernels):
+    """As parts of one product, and as rows that a transposed tensor has: with one token, strides
+    that nothing is to read."""
+    B, S, _, kv, d = shape
+    q, k, v, *weights = projected(shape, device, torch.float32)
+    rotary = rotary_table(torch.arange(S, device=device)[None], d, THETA, torch.float32)
+    if how == "turned":
+        apart = [x.new_empty(S, B, x.shape[-1]) for x in (q, k, v)]
+        parts = [y.transpose(0, 1).copy_(x) for x, y in zip((q, k, v), apart, strict=True)]
+    else:
+        parts = torch.cat([q, k, v], -1).split([x.shape[-1] for x in (q, k, v)], -1)
+    assert any(a.stride() != b.stride() for a, b in zip(parts, (q, k, v), strict=True))
+    found, expected = [], []
+    for given, kept in ((parts, found), ((q, k, v), expected)):
+        kept += rotated_heads(*given, *weights, EPS, rotary)
+        stored = [torch.zeros(B, kv, S + 3, d, device=device) for _ in "kv"]
+        columns = torch.arange(S, device=device) + 1
+        kept += rotated_heads(*given, *weights, EPS, rotary, Place(*stored, columns))
+    for one, other in zip(found, expected, strict=True):
+        testing.assert_same(one, other)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -99,20 +99,42 @@ class Calls(list):
 def test_a_capture_is_on_a_stream_of_its_device_and_its_own(monkeypatch):
     """The stream that the first steps ran on, and no other that lives; later ones take it over."""
     calls = Calls()
-    for name in ("stream", "graph", "use_mem_pool"):
+    for name in ("graph", "stream", "use_mem_pool"):
         monkeypatch.setattr(torch.cuda, name, calls.context(name))
     where = Calls()
     monkeypatch.setattr(torch.cuda, "device", where.context("device"))
 
-    def stream(device=None):
-        return SimpleNamespace(device=device or where[-1][1][0], wait_stream=lambda other: None)
+    made, waits, numbers = [], [], itertools.count()
+    # Streams come round after three, and one of them has run products already.
+    used, allocated = {2}, [0]
+
+    def current(device):
+        return SimpleNamespace(device=device, wait_stream=lambda other: None)
+
+    def stream():
+        number = next(numbers) % 3
+        made.append(number)
+        return SimpleNamespace(
+            device=where[-1][1][0], cuda_stream=number,
+            wait_stream=lambda other: None, wait_event=waits.append,
+        )  # fmt: skip
+
+    def handle():
+        (number,) = [given[0].cuda_stream for name, given, _ in calls[-2:] if name == "stream"]
+        if number not in used:
+            used.add(number)
+            allocated[0] += 1
 
     monkeypatch.setattr(torch.cuda, "Stream", stream)
-    monkeypatch.setattr(torch.cuda, "MemPool", SimpleNamespace)
-    monkeypatch.setattr(torch.cuda, "current_stream", stream)
-    monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated[0])
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda stream: None))
+    monkeypatch.setattr(torch.cuda, "MemPool", object)
+    monkeypatch.setattr(torch.cuda, "current_stream", current)
+    monkeypatch.setattr(torch.cuda, "current_blas_handle", handle)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
     monkeypatch.setattr(decode_step, "_idle", collections.defaultdict(list))
+    monkeypatch.setattr(decode_step, "_taken", set())
     weight = torch.zeros(5, 1)
 
     def model(ids, **_):
@@ -124,20 +146,31 @@ def test_a_capture_is_on_a_stream_of_its_device_and_its_own(monkeypatch):
         calls.clear()
         cache = SimpleNamespace(length=3, advance=lambda length: None)
         step = DecodeStep(model, cache, Sampling(), [], 0, cuda_graph=True)
+        begun = len(calls)
         step.take(torch.randn(2, 1, 5))
         step.run_to(2 + WARM_UP)
         ((_, _, options),) = [call for call in calls if call[0] == "graph"]
-        warm = [given[0] for name, given, _ in calls if name == "stream"]
-        assert warm == [options["stream"]] * WARM_UP
-        assert [given[0] for name, given, _ in calls if name == "use_mem_pool"] == (
-            [step._beside.pool] * WARM_UP
-        )
         assert options["capture_error_mode"] == "thread_local"
         assert options["stream"].device == weight.device
+        # Each step that warms up: the workspace first, from the stream's own pool.
+        names = [name for name, _, _ in calls[begun:] if name != "graph"]
+        assert names == ["stream", "use_mem_pool", "stream"] * WARM_UP
+        assert {given[0] for name, given, _ in calls if name == "use_mem_pool"} == (
+            {step._beside._pool}
+        )
+        on = [given[0].cuda_stream for name, given, _ in calls[begun:] if name == "stream"]
+        assert set(on) == {options["stream"].cuda_stream}
         return step, options["stream"]
 
     (first, its), (second, other) = run(), run()
-    assert its is not other
+    assert (its.cuda_stream, other.cuda_stream) == (0, 1) and waits == []
+    beside = first._beside
+    assert beside.graph is not None
     del first
-    assert run()[1] is its
+    assert beside.graph is None
+    third, again = run()
+    assert again is its and len(waits) == WARM_UP  # for what the first one replayed last
     assert second._beside.stream is other
+    # Stream 2 has run products, and the others are taken: the last choice, not an error.
+    run()
+    assert made[:2] == [0, 1] and len(made) == 2 + decode_step._Beside.STREAMS

@@ -162,12 +162,13 @@ def rotated_heads(
     place,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (batch, length, q_width), k_width, head = q.shape, k.shape[2], 2 * cos.shape[-1]
+    values = v.unflatten(-1, (-1, head)).transpose(1, 2)
     (q, q_stride), (k, k_stride), (v, v_stride) = map(_even_rows, (q, k, v))
     cos, sin = cos.contiguous(), sin.contiguous()
     heads = q.new_empty(batch, length, q_width // head, head).transpose(1, 2)
     if place is None:
         keys = k.new_empty(batch, length, k_width // head, head).transpose(1, 2)
-        values, columns = v.unflatten(-1, (-1, head)).transpose(1, 2), None
+        columns = None
     else:
         keys, values, columns = place
     block = tiles.padded(max(q_width, k_width))
@@ -184,6 +185,9 @@ def rotated_heads(
 
 def _even_rows(x: Tensor) -> tuple[Tensor, int]:
     """x (B, S, W) with all rows at one distance, a copy if it must be; that distance."""
+    if x.shape[1] == 1:  # its stride may be anything
+        x = x[:, 0] if x.stride(2) == 1 else x[:, 0].contiguous()
+        return x, x.stride(0)
     if x.stride(2) != 1 or x.stride(0) != x.shape[1] * x.stride(1):
         x = x.contiguous()
     return x, x.stride(1)
