@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.decoders import Work
 from flexmore_kernels import FlexMoREForCausalLM
+from flexmore_kernels.kv_cache import DynamicCache
 
 Priced = dict[str, tuple[int, int]]
 """(bytes, operations) of "ours", "dense" and "theirs"."""
@@ -28,8 +29,10 @@ def prefilling(model: FlexMoREForCausalLM, work: Work) -> Priced:
 def decoding(model: FlexMoREForCausalLM, prompts: Tensor) -> Priced:
     """Of one more token of each request; the experts are those of the prompts' last tokens."""
     batch, length = prompts.shape
+    cache = DynamicCache()
+    model(prompts[:, :-1], cache=cache, logits_to_keep=1)
     with model.counting() as counted:
-        model(prompts[:, -1:])
+        model(prompts[:, -1:], cache=cache)
     chosen = [one.load.nonzero()[:, 0].tolist() for one in counted]
     return _priced(model, batch, batch, batch * length, batch * length, chosen)
 

@@ -19,6 +19,8 @@ def generation(found: Sequence[dict[str, Any]]) -> str:
         if record["benchmark"] != "generation" or record["driver"] is None:
             continue
         times = {name: one["ms"] for name, one in record["results"].items() if "ms" in one}
+        if OURS not in times:
+            continue
         ours, dense = times[OURS], times.get(DENSE)
         theirs = sorted((ms, name) for name, ms in times.items() if name.startswith(THEIRS))
         names = [

@@ -100,7 +100,7 @@ def block(found: Sequence[dict[str, Any]]) -> str:
         if record["shape"] in IN_README
         and (record["shape"] == "small") == (record["driver"] is None)
     ]
-    models = model_tables.generation(found), model_tables.conversion(found)
+    models = model_tables.generation(shown), model_tables.conversion(shown)
     return "\n\n".join(part for part in (image, layers(shown), *models) if part)
 
 

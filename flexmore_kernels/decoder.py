@@ -51,8 +51,8 @@ class Attention(nn.Module):
     def prepare(self) -> None:
         """Lay the weights of q, k and v end to end: without gradients they are one product then.
 
-        The parameters stay what they are, as parts of one tensor. What gives them other memory (`to`
-        another device, an assigning `load_state_dict`, a copy) undoes it.
+        The parameters stay what they are, as parts of one tensor. What gives them other memory
+        (`to` another device, an assigning `load_state_dict`, a copy) undoes it.
         """
         weights = [linear.weight for linear in self._linears]
         with torch.inference_mode(False):

@@ -66,8 +66,8 @@ def test_a_wrong_model_is_not_timed(bench, monkeypatch):
         bench.ours.model.layers[1].mlp.experts[2].gate_proj_a.weight.mul_(1.01)
     bench.ours.model.layers[1].mlp.unprepare()
     assert checks.ours() > 1
-    monkeypatch.setattr(Checks, "all", lambda *_: {"ours": 1.5})
-    with pytest.raises(RuntimeError, match="ours is wrong: error ratio 1.5"):
+    monkeypatch.setattr(Checks, "all", lambda *_: {"ours": 0.5, "dense": 1.5})
+    with pytest.raises(RuntimeError, match="dense is wrong: error ratio 1.5"):
         generation.Bench("tiny", "cpu", torch.float32, lambda line: None)
 
 
@@ -87,6 +87,7 @@ def test_tables_of_models():
     prompt = record | {"op": "prefill", "tokens": 8192}
     assert "| a prompt, 2 x 4096 | 2 ms | 4,096,000 |" in model_tables.generation([prompt])
     assert model_tables.generation([record | {"driver": None}]) == ""
+    assert model_tables.generation([record | {"results": {"ours": {"not_run": "no"}}}]) == ""
     assert tables.ops([record]) == "" == model_tables.conversion([record])
     layer = {**where, "benchmark": "conversion", "ranks": [0, 64], "matrices": 3, "hidden": 8,
              "intermediate": 9, "results": {"exact": {"ms": 1500.0}}}  # fmt: skip

@@ -50,7 +50,7 @@ BUGS = (
     ),
     Bug(
         "a zero below the other",
-        "Keys in the order of the bits: -0.0 is less than 0.0, and the first of equals is not taken.",
+        "Keys in the order of the bits: -0.0 is below 0.0, and the first of equals is not taken.",
         "flexmore_kernels/_triton/decoding.py",
         "tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)",
         "x.to(tl.int32, bitcast=True)",
