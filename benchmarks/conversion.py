@@ -19,10 +19,9 @@ from __future__ import annotations
 import argparse
 import math
 import random
-import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -179,7 +178,7 @@ def take(
             results[method] |= more
     for method, found in samples.items():
         roofs, nbytes = context["roofs"], layer.nbytes()
-        results[method] |= records.result(_times(found), roofs, nbytes, 0)
+        results[method] |= records.result(Times.of(found, "wall"), roofs, nbytes, 0)
     return {
         "benchmark": "conversion", "op": "convert", "shape": shape_name,
         **SHAPES[shape_name]._asdict(), "tokens": 0, "dtype": str(DTYPE).removeprefix("torch."),
@@ -208,12 +207,6 @@ def _once(layer: Layer, method: str, say: Callable[[str], None]) -> tuple[float,
     if on_gpu:
         more["peak_mb"] = (torch.cuda.max_memory_allocated() - held) / 1e6
     return ms, {name: records.short(value) for name, value in more.items()}
-
-
-def _times(samples: Sequence[float]) -> Times:
-    ordered, last = sorted(samples), len(samples) - 1
-    p20, p80 = (ordered[round(share * last)] for share in (0.2, 0.8))
-    return Times(statistics.median(ordered), p20, p80, len(ordered), "wall", 1)
 
 
 def lines(record: dict[str, Any]) -> list[str]:

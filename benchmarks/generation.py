@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -199,13 +198,7 @@ def in_turn(
         for name in random.Random(done).sample(names, len(names)):
             samples[name].append(sample(name))
         clocks.look()
-    found = {}
-    for name, values in samples.items():
-        values.sort()
-        last = len(values) - 1
-        spread = values[round(0.2 * last)], values[round(0.8 * last)]
-        found[name] = Times(statistics.median(values), *spread, len(values), how, count)
-    return found
+    return {name: Times.of(values, how, count) for name, values in samples.items()}
 
 
 def _milliseconds(call: Call, count: int, device: str) -> float:

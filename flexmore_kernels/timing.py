@@ -55,6 +55,13 @@ class Times(NamedTuple):
     called_ms: float | None = None  # of a graph: median when called, with what the host adds
     host_ms: float | None = None  # that the host is busy with a call, where it was let ahead
 
+    @classmethod
+    def of(cls, values: Sequence[float], how: str, calls: int = 1, *more: float | None) -> Times:
+        """Of one figure a round, at least one; more: called_ms, host_ms."""
+        ordered, last = sorted(values), len(values) - 1
+        p20, p80 = ordered[round(0.2 * last)], ordered[round(0.8 * last)]
+        return cls(statistics.median(ordered), p20, p80, len(ordered), how, calls, *more)
+
 
 class CallFailed(RuntimeError):
     """What a candidate raised while it was timed is the cause; `name` says which it was."""
@@ -171,19 +178,11 @@ def _summaries(
 ) -> dict[str, Times]:
     found = {}
     for name, values in samples.items():
-        if not values:
-            continue
-        ordered, last = sorted(values), len(values) - 1
-        found[name] = Times(
-            statistics.median(ordered),
-            ordered[round(0.2 * last)],
-            ordered[round(0.8 * last)],
-            len(ordered),
-            "graph" if name in replays else how,
-            replays[name][1] if name in replays else 1,
-            statistics.median(called[name]) if name in replays else None,
-            None if name in replays else host_ms.get(name),
-        )
+        if values and name in replays:
+            given = replays[name][1], statistics.median(called[name])
+            found[name] = Times.of(values, "graph", *given)
+        elif values:
+            found[name] = Times.of(values, how, 1, None, host_ms.get(name))
     return found
 
 
