@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from benchmarks.problem import merge
 from benchmarks.shapes import SHAPES
 from flexmore_kernels import FlexMoREConfig, FlexMoREForCausalLM, baselines
 from flexmore_kernels.checkpoint import expert_weights
@@ -127,20 +128,13 @@ def hugging_face(model: FlexMoREForCausalLM) -> Any:
             other = FlexOlmoForCausalLM(config).eval()
     finally:
         torch.set_default_dtype(before)
-    mine, F = dict(model.named_parameters()), c.intermediate_size
+    mine = dict(model.named_parameters())
     for name, target in other.named_parameters():
         if name in mine:
             target.data = mine[name].data
     for block, like in zip(other.model.layers, model.model.layers, strict=True):
-        gate_up, down = block.mlp.experts.gate_up_proj, block.mlp.experts.down_proj
-        targets = gate_up[:, :F], gate_up[:, F:], down
-        for entries, target in zip(entries_of(like.mlp), targets, strict=True):
-            for e, entry in enumerate(entries):
-                if isinstance(entry, Tensor):
-                    target[e].copy_(entry)
-                else:
-                    a, b = entry
-                    target[e].copy_(torch.addmm(entries[0].float(), b.float(), a.float()))
+        experts = block.mlp.experts
+        merge(entries_of(like.mlp), experts.gate_up_proj, experts.down_proj)
     return other.requires_grad_(False)
 
 

@@ -16,6 +16,7 @@ import reference
 from benchmarks.shapes import Shape
 from flexmore_kernels import FlexMoRE
 from flexmore_kernels.checkpoint import expert_weights
+from flexmore_kernels.checkpoint_forms import dense_weight
 from flexmore_kernels.storage import PROJECTIONS, StackedExperts
 from flexmore_kernels.testing import to_float64
 
@@ -26,6 +27,18 @@ DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 def normal(*shape: int, device: str, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     """Normal numbers, drawn on the device (a matrix of a layer takes the CPU a second)."""
     return torch.randn(shape, device=device, dtype=torch.float32).mul_(scale).to(dtype)
+
+
+def merge(weights: Iterable, gate_up: Tensor, down: Tensor) -> None:
+    """Write each expert's full-size matrices into Hugging Face's tensors, W + B A rounded once.
+
+    weights: gate, up and down, E entries each: a matrix, a pair (a, b), or None for the base's.
+    """
+    F = down.shape[2]
+    for entries, target in zip(weights, (gate_up[:, :F], gate_up[:, F:], down), strict=True):
+        for e, entry in enumerate(entries):
+            full = isinstance(entry, Tensor)
+            target[e].copy_(entry if full else dense_weight(entries[0], entry))
 
 
 class Problem:
@@ -76,18 +89,11 @@ class Problem:
     @torch.no_grad()
     def merged(self) -> tuple[Tensor, Tensor]:
         """Full-size experts of the same mathematics, in Hugging Face's layout: gate_up (E, 2F, D)
-        and down (E, D, F). Each W + B A is summed in float32 and rounded once."""
+        and down (E, D, F)."""
         E, F, D = len(self.shape.ranks), self.shape.intermediate, self.shape.hidden
         like = {"device": self.device, "dtype": self.dtype}
         gate_up, down = torch.empty(E, 2 * F, D, **like), torch.empty(E, D, F, **like)
-        gate_up_down = gate_up[:, :F], gate_up[:, F:], down
-        for entries, target in zip(self.weights, gate_up_down, strict=True):
-            base = entries[0].float()
-            for e, entry in enumerate(entries):
-                if isinstance(entry, Tensor):
-                    target[e].copy_(entry)
-                else:
-                    target[e].copy_(torch.addmm(base, entry[1].float(), entry[0].float()))
+        merge(self.weights, gate_up, down)
         return gate_up, down
 
     @functools.cached_property
