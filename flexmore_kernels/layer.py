@@ -172,6 +172,8 @@ class FlexMoRE(Preparable):
         dtype = autocast or base.dtype
         self._check(x, expert_mask, weights, base.device, dtype if autocast is None else None)
         leading = x.shape[:-1]
+        if expert_mask is not None and expert_mask.dim() > 1:
+            expert_mask = expert_mask.reshape(-1, self.num_experts)
         x_TD = _cast(x.reshape(-1, self.hidden_size), dtype)
         gate, up, down = (_cast(weight, dtype) for weight in weights)
         if autocast is None:
@@ -186,8 +188,6 @@ class FlexMoRE(Preparable):
         return (y_TD, routing) if return_routing else y_TD
 
     def _route_and_mix(self, x_TD, expert_mask, gate, up, down) -> tuple[Tensor, Routing]:
-        if expert_mask is not None and expert_mask.dim() > 1:
-            expert_mask = expert_mask.reshape(-1, self.num_experts)
         dtype = self.router_dtype or x_TD.dtype
         routing = ops.topk_route(
             _cast(x_TD, dtype),

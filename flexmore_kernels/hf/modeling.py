@@ -28,6 +28,7 @@ from transformers.models.flex_olmo.modeling_flex_olmo import (
 
 from .. import ops
 from ..layer import FlexMoRE
+from ..ops.router_loss import biased
 from ..ops.routing import Routing
 from ..storage import Weight
 from .cache_mask import check_mask_of, keep_mask
@@ -61,10 +62,7 @@ class FlexMoRETopKRouter(FlexOlmoTopKRouter):
             norm_topk_prob=self.norm_topk_prob,
             scoring=self.scoring,
         )
-        scores = routing.logits
-        if self.expert_bias is not None:
-            penalty = torch.minimum(self.expert_bias, torch.zeros_like(self.expert_bias))
-            scores = scores + nn.functional.pad(penalty.to(scores.dtype), (1, 0))
+        scores = biased(routing.logits, self.expert_bias)
         if self.scoring == "sigmoid":
             scores = nn.functional.logsigmoid(scores)
         return scores, routing.weights, routing.indices, routing.logits
@@ -115,8 +113,6 @@ class FlexMoRESparseMoeBlock(FlexMoRE):
                 module._hf_hook.post_forward(module, None)
 
     def _route_and_mix(self, x_TD, expert_mask, gate, up, down) -> tuple[Tensor, Routing]:
-        if expert_mask is not None and expert_mask.dim() > 1:
-            expert_mask = expert_mask.reshape(-1, self.num_experts)
         # Called as a module, for transformers records its first output.
         _, weights, indices, logits = self.gate(x_TD, expert_mask)
         p_TK = weights.to(torch.promote_types(x_TD.dtype, torch.float32))

@@ -140,6 +140,13 @@ def router_statistics(
     return RouterStatistics(counts_T1.sum(), load_E, weight_sum_E, q_TE.sum(0), entropy_E)
 
 
+def biased(v: Tensor, bias: Tensor | None) -> Tensor:
+    """v (..., E) + min(bias, 0) on experts 1..; the gradient of a bias of 0 is half, as a tie's."""
+    if bias is None:
+        return v
+    return v + F.pad(torch.minimum(bias, torch.zeros_like(bias)).to(v.dtype), (1, 0))
+
+
 def _counted(logits, bias, mask, padding_mask) -> tuple[Tensor, Tensor]:
     """(v (T, E), counts (T, 1)): -inf where excluded, zeros where the token does not count.
 
@@ -147,8 +154,7 @@ def _counted(logits, bias, mask, padding_mask) -> tuple[Tensor, Tensor]:
     """
     E = logits.shape[-1]
     v_TE = logits.reshape(-1, E).to(torch.promote_types(logits.dtype, torch.float32))
-    if bias is not None:
-        v_TE = v_TE + F.pad(torch.minimum(bias, torch.zeros_like(bias)).to(v_TE.dtype), (1, 0))
+    v_TE = biased(v_TE, bias)
     if mask is not None:
         v_TE = v_TE.masked_fill(~mask.reshape(-1, E), -torch.inf)
     counts_T1 = v_TE.detach().amax(1, keepdim=True).isfinite()  # amax propagates NaN
