@@ -1,7 +1,9 @@
-"""What several test files share: routed ids, a plan of them, what the interpreter cannot do."""
+"""Shared by several test files: routed ids, a plan of them, what the interpreter cannot do, kills."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -40,3 +42,21 @@ def skip_interpreted(kernels: str, device: str, dtype: torch.dtype) -> None:
     """The interpreter has no 16-bit floats and is slow: gradcheck covers its float64."""
     if kernels == "triton" and device == "cpu" and dtype != torch.float32:
         pytest.skip("in the interpreter: float32, and float64 by gradcheck")
+
+
+@contextlib.contextmanager
+def second_target_stops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Within, a sweep is interrupted where its second checkpoint is about to appear."""
+    from flexmore_kernels.conversion.targets import Target
+
+    finish, done = Target.finish, []
+
+    def second(self):
+        if done:
+            raise KeyboardInterrupt
+        done.append(1)
+        return finish(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Target, "finish", second)
+        yield

@@ -9,13 +9,13 @@ from __future__ import annotations
 import shutil
 
 import pytest
+from common import second_target_stops
 from safetensors.torch import load_file, save_file
 
 from flexmore_kernels import checkpoint, checkpoint_edit, checkpoint_folders
 from flexmore_kernels.checkpoint_writer import CheckpointWriter, write_json
 from flexmore_kernels.conversion import spectra, sweep
 from flexmore_kernels.conversion.convert import convert_checkpoint
-from flexmore_kernels.conversion.targets import Target
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_layers": 2, "top_k": 2, "vocab_size": 11}
 NAME = "model.layers.1.mlp.experts.2.up_proj.weight"
@@ -86,18 +86,8 @@ def test_journal_left_by_a_kill_after_the_rename(source, tmp_path):
 
 def test_spectra_are_taken_up_when_a_target_is_finished(source, tmp_path, monkeypatch):
     """v06 alone wants features; what was found with them serves the rules that are left."""
-    finish, done = Target.finish, []
-
-    def second(self):
-        if done:
-            raise KeyboardInterrupt
-        done.append(1)
-        return finish(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Target, "finish", second)
-        with pytest.raises(KeyboardInterrupt):
-            sweep.sweep_checkpoints(source, tmp_path / "out", ["v06", "v02"])
+    with second_target_stops(monkeypatch), pytest.raises(KeyboardInterrupt):
+        sweep.sweep_checkpoints(source, tmp_path / "out", ["v06", "v02"])
     monkeypatch.setattr(spectra, "singular_values", None)
     sweep.sweep_checkpoints(source, tmp_path / "out", ["v06", "v02"])
     assert names(tmp_path / "out") == ["sweep.json", "sweep.svg", "v02", "v06"]

@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 import torch
+from common import second_target_stops
 
 from flexmore_kernels import checkpoint, checkpoint_writer
 from flexmore_kernels.checkpoint_layout import read_layout
@@ -16,7 +17,6 @@ from flexmore_kernels.commands import sweep as command
 from flexmore_kernels.conversion import one_matrix, sweep
 from flexmore_kernels.conversion.convert import convert_checkpoint
 from flexmore_kernels.conversion.report import read_report
-from flexmore_kernels.conversion.targets import Target
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_layers": 2, "top_k": 2, "vocab_size": 11}
 RULES = ("2", "fixed:1,full", "energy:0.8", "v02:0.01", "params:8000")
@@ -126,18 +126,8 @@ def test_interrupted_sweep_goes_on(source, tmp_path, decomposed, monkeypatch):
         sweep.sweep_checkpoints(source, tmp_path / "out", RULES)
     seen[:], stop[:] = [], []
     # Once more it stops, where the second checkpoint is about to appear.
-    finish, done = Target.finish, []
-
-    def second(self):
-        if done:
-            raise KeyboardInterrupt
-        done.append(1)
-        return finish(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Target, "finish", second)
-        with pytest.raises(KeyboardInterrupt):
-            sweep.sweep_checkpoints(source, tmp_path / "out", RULES)
+    with second_target_stops(monkeypatch), pytest.raises(KeyboardInterrupt):
+        sweep.sweep_checkpoints(source, tmp_path / "out", RULES)
     assert len(seen) == MATRICES // 2  # of the second layer alone
     reports = sweep.sweep_checkpoints(source, tmp_path / "out", RULES)
     assert len(seen) == MATRICES // 2
