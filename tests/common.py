@@ -1,4 +1,4 @@
-"""Shared by several test files: routed ids, a plan of them, what the interpreter cannot do, kills."""
+"""Shared by several test files: routed ids, a plan, what the interpreter cannot do, kills."""
 
 from __future__ import annotations
 
