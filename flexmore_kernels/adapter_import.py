@@ -34,7 +34,7 @@ from .checkpoint_config import RANK_KEYS
 from .checkpoint_config import shortest as shortest_entry
 from .checkpoint_forms import config_for
 from .checkpoint_layout import PROJECTIONS, mlp_prefix
-from .checkpoint_writer import CheckpointWriter, copy_side_files, fingerprint
+from .checkpoint_writer import CheckpointWriter, file_state, fingerprint
 from .checks import check_int, check_one_of
 from .model_config import FlexMoREConfig
 
@@ -95,7 +95,7 @@ def import_adapters(
     files = [Path(d) / name for d in adapters for name in (CONFIG_FILE, WEIGHTS_FILE)]
     files += [] if router_rows is None else [Path(router_rows)]
     mark = fingerprint(
-        [source.layout], other=other, config=config, dtype=dtype, files=list(map(_state, files))
+        [source.layout], other=other, config=config, dtype=dtype, files=list(map(file_state, files))
     )
     units = ["outside the layers", *(f"layer {i}" for i in range(source.sizes.num_layers))]
     with CheckpointWriter(out, units, config=config, fingerprint=mark) as writer:
@@ -105,7 +105,7 @@ def import_adapters(
             writer.write(unit, tensors, facts={"ranks": ranks, "others": others.take()})
             left = (time.monotonic() - started) / done * (count - done)
             say(f"{unit} written, {done} of {count}, {left:.0f} s left")
-        copy_side_files(source.layout.directory, writer.folder)
+        writer.add(source.layout.directory)
         facts = [writer.facts[unit] for unit in units]
         layout = writer.finish(config_for(config, [fact["ranks"] for fact in facts[1:]]))
     experts = tuple(
@@ -114,11 +114,6 @@ def import_adapters(
     )
     counted = parts_of(row for fact in facts for row in fact["others"])
     return ImportReport(experts, counted, tuple(job.notes))
-
-
-def _state(path: Path) -> tuple:
-    """What changes when a file does."""
-    return str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns
 
 
 class _Import:

@@ -21,10 +21,7 @@ from .checkpoint_folders import refuse_existing, removed_if_bad
 from .checkpoint_forms import check_kind, config_for, fuse_experts, pad_experts, padded_ranks
 from .checkpoint_layout import Layout, mlp_prefix, read_layout
 from .checkpoint_shared import check_alike, check_equal, mean_tensors, shared_names
-from .checkpoint_writer import (
-    CheckpointWriter,
-    fingerprint,
-)
+from .checkpoint_writer import CheckpointWriter, fingerprint
 from .progress import Progress
 
 Say = Callable[[str], None] | None

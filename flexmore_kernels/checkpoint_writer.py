@@ -117,9 +117,12 @@ class CheckpointWriter:
             self._explain(error, f"for {unit!r}")
 
     def add(self, source: Path, texts: Mapping[str, str] | None = None) -> None:
-        """Put a source's side files (`copy_side_files`) and these files into the folder."""
+        """Put what a source holds beside its weights and config, and these files, into the folder:
+        a tokenizer, a generation config."""
         try:
-            copy_side_files(source, self.folder)
+            for path in sorted({path for pattern in SIDE_FILES for path in source.glob(pattern)}):
+                if path.is_file():
+                    shutil.copy2(path, self.folder / path.name)
             for name, text in (texts or {}).items():
                 (self.folder / name).write_text(text)
         except OSError as error:
@@ -213,6 +216,12 @@ def fingerprint(layouts: Iterable[Layout], **options: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def file_state(path: str | os.PathLike) -> tuple:
+    """What tells a file from another one, and from itself before it was changed."""
+    state = os.stat(path)
+    return os.path.realpath(path), state.st_size, state.st_mtime_ns
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:
     """A safetensors file of these tensors, whole or not at all; metadata: more for its header.
 
@@ -281,13 +290,6 @@ def write_index(directory: Path, files: Iterable[str]) -> None:
         total += sum(stored.nbytes for stored in header.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_json(directory / INDEX_FILE, index)
-
-
-def copy_side_files(source: Path, folder: Path) -> None:
-    """Copy what a checkpoint holds beside its weights and config: tokenizer, generation config."""
-    for path in sorted({path for pattern in SIDE_FILES for path in source.glob(pattern)}):
-        if path.is_file():
-            shutil.copy2(path, folder / path.name)
 
 
 def _settle(path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import backend
 from ..checkpoint_layout import Layout, read_layout
-from ..checkpoint_writer import fingerprint
+from ..checkpoint_writer import file_state, fingerprint
 from ..checks import FLOATS, check_one_of
 from .activations import Activations
 from .matrices import Key, sizes_of
@@ -44,7 +44,8 @@ class Work:
         """Names results of this source and these activations; where they are computed, and all
         else that is not in `more`, does not count.
         """
-        return fingerprint([self.layout], weights=_file_state(self.activations), **more)
+        weights = None if self.activations is None else file_state(self.activations)
+        return fingerprint([self.layout], weights=weights, **more)
 
 
 def prepare(
@@ -86,11 +87,3 @@ def _moments(layout: Layout, activations: Activations, device: torch.device) -> 
         return last[name]
 
     return moment
-
-
-def _file_state(path: str | os.PathLike | None) -> tuple | None:
-    """What tells a file from another one."""
-    if path is None:
-        return None
-    state = os.stat(path)
-    return os.path.realpath(path), state.st_size, state.st_mtime_ns
