@@ -155,6 +155,17 @@ def load_layer(
     return build_layer(layer_arguments(layout, layer), read_layer(layout, layer, dtype), device)
 
 
+def model_config(layout: Layout) -> FlexMoREConfig:
+    """The config of a checkpoint's model: of ranks what its tensors say, not what config.json does,
+    and of a FlexOlmo's what it is from now on."""
+    ranks = layout.layer_ranks
+    found = ranks[0] if len(set(ranks)) == 1 else ranks
+    values = {k: v for k, v in config_for(layout.config, ranks).items() if k not in RANK_KEYS}
+    return FlexMoREConfig.from_dict(
+        values | {"expert_ranks": found, "expert_bias": layout.expert_bias}
+    )
+
+
 def load_model(
     checkpoint: str | os.PathLike | Layout, device: Any = "cpu", dtype=None
 ) -> FlexMoREForCausalLM:
@@ -163,12 +174,7 @@ def load_model(
     Raises as `read_layout` does, before anything is loaded.
     """
     layout = checkpoint if isinstance(checkpoint, Layout) else read_layout(checkpoint)
-    ranks = layout.layer_ranks
-    found = ranks[0] if len(set(ranks)) == 1 else ranks
-    # Not as read: what the tensors say of ranks, and of a FlexOlmo's what it is from now on.
-    values = {k: v for k, v in config_for(layout.config, ranks).items() if k not in RANK_KEYS}
-    values |= {"expert_ranks": found, "expert_bias": layout.expert_bias}
-    model = FlexMoREForCausalLM(FlexMoREConfig.from_dict(values), device="meta")
+    model = FlexMoREForCausalLM(model_config(layout), device="meta")
     model.load_state_dict(read_tensors(layout, dtype=dtype, device=device), assign=True)
     return model
 

@@ -20,12 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_base import BaseCheckpoint
-from .checkpoint import read_tensors
-from .checkpoint_config import RANK_KEYS
-from .checkpoint_forms import config_for
+from .checkpoint import model_config, read_tensors
 from .checks import check_tensor
 from .model import FlexMoREForCausalLM
-from .model_config import FlexMoREConfig
 
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
 """Of a lossless conversion, by dtype of the comparison: about 170 roundings in float32."""
@@ -145,10 +142,8 @@ def streamed(
     base: BaseCheckpoint, dtype: torch.dtype, device: torch.device | str
 ) -> Iterator[FlexMoREForCausalLM]:
     """A checkpoint's model, of which each part holds its weights only while it runs."""
-    layout, ranks = base.layout, base.layout.layer_ranks
-    values = {k: v for k, v in config_for(layout.config, ranks).items() if k not in RANK_KEYS}
-    values |= {"expert_ranks": ranks, "expert_bias": layout.expert_bias}
-    model = FlexMoREForCausalLM(FlexMoREConfig.from_dict(values), device="meta", dtype=dtype)
+    layout = base.layout
+    model = FlexMoREForCausalLM(model_config(layout), device="meta", dtype=dtype)
     parts = {"model.norm.": model.model.norm, "model.embed_tokens.": model.model.embed_tokens}
     parts |= {f"model.layers.{i}.": block for i, block in enumerate(model.model.layers)}
     if model.lm_head is not None:

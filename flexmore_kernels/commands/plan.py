@@ -94,16 +94,14 @@ def _text(report: dict[str, Any]) -> str:
 
 def _config(path: Path) -> Any:
     """The model's config; of a checkpoint's directory with the ranks that its tensors have."""
-    from ..checkpoint_config import RANK_KEYS, check_config
+    from ..checkpoint import model_config
+    from ..checkpoint_config import check_config
     from ..checkpoint_headers import read_json
     from ..checkpoint_layout import read_layout
     from ..model_config import FlexMoREConfig
 
     if path.is_dir() and any(path.glob("*.safetensors")):
-        layout = read_layout(path)
-        values = {name: v for name, v in layout.config.items() if name not in RANK_KEYS}
-        values |= {"expert_ranks": layout.layer_ranks, "expert_bias": layout.expert_bias}
-        return FlexMoREConfig.from_dict(values)
+        return model_config(read_layout(path))
     return FlexMoREConfig.from_dict(check_config(read_json(_file(path))))
 
 
