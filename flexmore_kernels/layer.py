@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .checkpoint_config import shortest
 from .checks import FLOATS, SCORINGS, check_int, check_one_of, check_tensor, checks_values
 from .ops.routing import Routing
 from .preparation import Preparable
@@ -91,7 +92,7 @@ class FlexMoRE(Preparable):
         self.intermediate_size = check_int("intermediate_size", intermediate_size, 1)
         triples = parse_ranks(expert_ranks, min(self.hidden_size, self.intermediate_size))
         self.num_experts = len(triples)
-        self.expert_ranks = tuple(_shortest(triple) for triple in triples)
+        self.expert_ranks = tuple(map(shortest, triples))
         self.top_k = check_int("top_k", top_k, 1, self.num_experts)
         check_one_of("norm_topk_prob", norm_topk_prob, (False, True))
         check_one_of("expert_bias", expert_bias, (False, True))
@@ -265,15 +266,6 @@ class FlexMoRE(Preparable):
             f"expert_ranks=({ranks}{more}), top_k={self.top_k}, "
             f"norm_topk_prob={self.norm_topk_prob}, scoring={self.scoring!r}"
         )
-
-
-def _shortest(triple: tuple) -> int | tuple:
-    """The entry of `expert_ranks` that says the same in the fewest words."""
-    if triple == ("full",) * 3:
-        return 0
-    if triple[0] != 0 and triple == (triple[0],) * 3:
-        return triple[0]
-    return triple
 
 
 def _autocast_dtype(x: object) -> torch.dtype | None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .checkpoint_config import largest_ranks
 from .checks import SCORINGS, check_int, check_one_of
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
@@ -129,7 +130,7 @@ class FlexMoREConfig:
             values["rope_parameters"] = {**values["rope_parameters"], "rope_theta": self.rope_theta}
         if not _plain(self.expert_ranks):
             layers = [self.layer_ranks(layer) for layer in range(self.num_hidden_layers)]
-            values["expert_ranks"] = [_largest(own) for own in zip(*layers, strict=True)]
+            values["expert_ranks"] = largest_ranks(layers)
             values["layer_expert_ranks"] = [list(ranks) for ranks in layers]
         return values
 
@@ -137,9 +138,3 @@ class FlexMoREConfig:
 def _plain(ranks: Sequence) -> bool:
     """Whether E ints say it all."""
     return not any(isinstance(entry, (list, tuple)) for entry in ranks)
-
-
-def _largest(entries: Sequence) -> int:
-    """The largest rank among an expert's entries, one a layer; 0 where it has none."""
-    kinds = [kind for e in entries for kind in (e if isinstance(e, (list, tuple)) else (e,))]
-    return max(kind for kind in (*kinds, 0) if kind != "full")

@@ -17,8 +17,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import FlexOlmoConfig
 from transformers.utils import logging
 
-from ..checkpoint_config import AUTO_MAP, LOADER
-from ..checkpoint_layout import PROJECTIONS, as_triple
+from ..checkpoint_config import AUTO_MAP, LOADER, as_triple, largest_ranks, shortest
+from ..checkpoint_layout import PROJECTIONS
 from ..checks import SCORINGS, check_int, check_one_of
 from ..storage import parse_ranks
 from .stored_ranks import stored_ranks
@@ -83,8 +83,7 @@ class FlexMoREConfig(FlexOlmoConfig):
         layers = [self._layer_entries(name, entries) for entries in ranks]
         same = all(entries == layers[0] for entries in layers)
         plain = same and all(type(entry) is int for entry in layers[0])
-        largest = [max(map(_largest, own)) for own in zip(*layers, strict=True)]
-        self.expert_ranks = list(layers[0]) if plain else largest
+        self.expert_ranks = list(layers[0]) if plain else largest_ranks(layers)
         self.layer_expert_ranks = None if plain else layers
 
     def _layer_entries(self, name: str, entries: Any) -> list:
@@ -101,7 +100,8 @@ class FlexMoREConfig(FlexOlmoConfig):
             raise ValueError(
                 f"{name}: got {len(triples)} entries; accepted: num_experts, {self.num_experts}"
             )
-        return [_shortest(triple) for triple in triples]
+        found = map(shortest, triples)
+        return [list(entry) if isinstance(entry, tuple) else entry for entry in found]  # as JSON
 
     def layer_ranks(self, layer: int) -> Sequence:
         """One layer's `expert_ranks`, as `fk.FlexMoRE` takes them."""
@@ -157,15 +157,3 @@ class FlexMoREConfig(FlexOlmoConfig):
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoConfig"):
         """Does nothing: `save_pretrained` always writes `auto_map`, and never our sources."""
-
-
-def _shortest(triple: tuple) -> int | list:
-    """The entry that says the same in the fewest words, of what JSON knows."""
-    if triple == ("full",) * 3:
-        return 0
-    return triple[0] if triple[0] and len(set(triple)) == 1 else list(triple)
-
-
-def _largest(entry: int | Sequence) -> int:
-    entry = entry if isinstance(entry, (list, tuple)) else (entry,)
-    return max((rank for rank in entry if rank != "full"), default=0)
