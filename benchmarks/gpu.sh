@@ -27,7 +27,7 @@ step() {
 : >"$out/steps.txt"
 step build 120 "$PYTHON" -m pip install --no-build-isolation --no-deps -e . || failed=1
 step environment 60 "$PYTHON" -m flexmore_kernels.cli env || failed=1
-side_by_side=$("$PYTHON" -c 'import os, xdist; print("-n", max(1, os.cpu_count() - 4))' 2>/dev/null)
+side_by_side=$("$PYTHON" -c 'import os, xdist; print("-n", max(1, os.cpu_count() - 4), "--dist=loadgroup")' 2>/dev/null)
 step tests 330 "$PYTHON" -m pytest -q -m gpu --durations=10 $side_by_side "${selection[@]}" &
 tests=$!
 step sanitizer 330 bash tests/sanitize.sh "$out/sanitize" 310 || failed=1

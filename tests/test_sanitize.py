@@ -76,12 +76,16 @@ def _plain_products():
     def addmm(base, a, b, *, beta=1, alpha=1):
         return (beta * base + alpha * mm(a, b)).to(base.dtype)
 
+    def addmm_into(base, a, b, out_dtype, *, beta=1, alpha=1, out):
+        return out.copy_(beta * base + alpha * mm(a, b, out_dtype))
+
+    given = {"mm": mm, "mm.dtype": mm, "addmm": addmm, "addmm.dtype_out": addmm_into}
     with (
         warnings.catch_warnings(),
         torch.library._scoped_library("aten", "IMPL") as library,
     ):
         warnings.simplefilter("ignore")  # a kernel of torch's is replaced
-        for name, function in (("mm", mm), ("mm.dtype", mm), ("addmm", addmm)):
+        for name, function in given.items():
             library.impl(name, function, "CUDA")
         yield
 

@@ -199,6 +199,17 @@ __device__ __forceinline__ float silu_of_half(float half) {
     asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(half));
     return fmaf(half, t, half);
 }
+// sigmoid(g) from g / 2, for T as exact as that needs.
+template <class T>
+__device__ __forceinline__ float sigmoid_of_half(float half) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        float t;
+        asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(half));
+        return fmaf(0.5f, t, 0.5f);
+    } else {
+        return __fdividef(1.0f, 1.0f + __expf(-2 * half));
+    }
+}
 // g sigmoid(g), for T as exact as that needs.
 template <class T>
 __device__ __forceinline__ float silu_for(float g) {
