@@ -20,6 +20,7 @@ from flexmore_kernels.testing import CASE_IDS, CASES, Case
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALL = Case("small", "gradcheck", 4, 5, 6, (0, 2, (1, "full", 0), ("full", 0, "full")), 2)
+LOW_RANK = Case("low_rank", "all that a backward can keep", 5, 5, 6, (0, 2, 17, (1, 0, 3)), 2)
 FULL_DOWN = Case("full_down", "full-size in down alone: its hidden rows are read like a delta's",
                  9, 8, 12, (0, 2, (1, 0, "full"), 3), 2)  # fmt: skip
 
@@ -127,8 +128,9 @@ def test_experts_adjoint(dtype, device, kernels):
     assert ((v * ours).sum() - expected).abs() <= allowed
 
 
-def test_experts_registration(device, kernels):
-    inputs = testing.leaves(make(SMALL, device, torch.float32))
+@pytest.mark.parametrize("case", (SMALL, LOW_RANK), ids=lambda case: case.name)
+def test_experts_registration(case, device, kernels):
+    inputs = testing.leaves(make(case, device, torch.float32))
     flat, layout = _flat(inputs[3:])
     for recompute in (False, True):
         flags = keeps(unflatten(flat, layout, [False] * 3), recompute)

@@ -222,7 +222,7 @@ def test_gated_rows(dtype, keeps, device, kernels):
     bases = [testing.make_x(T, F, device, dtype) for _ in range(2)]
     h = torch.full((N, F), 7.0, device=device, dtype=dtype)
     kept = (torch.full_like(h, 7), torch.full_like(h, 7)) if keeps else None
-    truth, plain, work = [h.double() for _ in range(3)], [h.clone() for _ in range(3)], []
+    truth, plain, work = [h.double().clone() for _ in range(3)], [h.clone() for _ in range(3)], []
     for e, rows, tokens, _ in segments(plan):
         terms, sides = [], {torch.float64: [], dtype: []}
         for side, base in enumerate(bases):

@@ -95,6 +95,9 @@ def test_activation_checkpointing(name, reentrant, device):
     layer = a_layer(STEPS[name], device, torch.bfloat16)
     x, dy = batch(layer)
     expected = backward(layer, x, dy)
+    if reentrant:  # whose first forward is one without a gradient: of few tokens by other kernels
+        with torch.no_grad():
+            expected["y"] = layer(x)
     found = backward(layer, x, dy, lambda x: checkpoint(layer, x, use_reentrant=reentrant))
     assert found.keys() == expected.keys()
     for key, value in expected.items():

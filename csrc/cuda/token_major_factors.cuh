@@ -155,8 +155,7 @@ __device__ void consume(const FactorGrads& m, SharedFactors& sh, const Item& ite
         products_wait<0>(g);
         settle(u);
         settle(dh);
-        __syncwarp();  // the others have read their weights and words too
-        if (before && lane == 0) before->arrive();
+        if (before) before->arrive();
         before = &sh.empty[ring.slot];
 #pragma unroll
         for (int k = 0; k < kRows / 16; ++k) {
@@ -211,7 +210,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x == 0) {
         for (int i = 0; i < kStages; ++i) {
             sh.full[i].init(kWarpgroup + 1);
-            sh.empty[i].init(kConsumers * kWarpgroup / 32);
+            sh.empty[i].init(kConsumers * kWarpgroup);
         }
         fence_barrier_init();
     }

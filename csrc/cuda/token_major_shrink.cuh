@@ -104,8 +104,7 @@ __device__ void consume(const Shrink& m, SharedShrink& sh, const Tile& tile, int
             }
             settle(values[from]);
         }
-        __syncwarp();
-        if (lane == 0) sh.base_empty[ring.slot].arrive();
+        sh.base_empty[ring.slot].arrive();
         sh.factor_full[ring.slot].wait(ring.parity);
         const uint32_t factor = factors + ring.slot * sizeof(sh.factor[0]);
         const uint64_t b = operand(factor, Depth), across = operand_across(factor, Depth);

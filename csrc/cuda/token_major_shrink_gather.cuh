@@ -99,7 +99,7 @@ __device__ void gather(const Shrink& m, SharedShrink& sh, const Tile& tile) {
         for (int i = 0; i < kStages; ++i) {
             sh.base_full[i].init(kCopying);
             sh.factor_full[i].init(1);
-            sh.base_empty[i].init(kConsumers * kWarpgroup / 32);
+            sh.base_empty[i].init(kConsumers * kWarpgroup);
             sh.factor_empty[i].init(kConsumers * kWarpgroup / 32);
         }
         fence_barrier_init();

@@ -229,9 +229,7 @@ def _decode(x, indices, weights, sides) -> Tensor | None:
 
 
 def _experts_fake(x, indices, weights, tensors, layout, stacked, saves, flags):
-    sizes = shapes(
-        _possible(flags, x), *indices.shape, tensors[0].shape[0], layout[-len(layout) // 3 :]
-    )
+    sizes = shapes(_possible(flags, x), *indices.shape, tensors[0].shape[0], layout)
     return x.new_empty(x.shape), *(x.new_empty(size) for size in sizes)
 
 
