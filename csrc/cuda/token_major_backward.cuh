@@ -19,11 +19,12 @@ struct MixBackward {
 };
 
 struct CutBackward {
-    static constexpr int kColumns = 32, kExpanding = 2, kExpand = 240;
+    static constexpr int kColumns = 32, kExpanding = 3;
+    static constexpr int kCopy = 32, kExpand = 160;  // registers
     static constexpr int kThreads = (kExpanding + 1) * kWarpgroup;
     static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
 };
-static_assert(kCopyRegisters + CutBackward::kExpanding * CutBackward::kExpand <=
+static_assert(CutBackward::kCopy + CutBackward::kExpanding * CutBackward::kExpand <=
               (CutBackward::kExpanding + 1) * CutBackward::kLaunchRegisters);
 
 template <int Rank>
@@ -77,17 +78,17 @@ __device__ void gather(const MixBackward& m, SharedBackward<Rank>& sh) {
     __syncthreads();
 }
 
-// Begins g = s b^T, u and dh, each over Depth summed columns.
+// Begins g += s b^T, u and dh, each over Depth summed columns.
 template <class T, int Depth, int Size>
 __device__ __forceinline__ void three_products(float (&g)[Size], float (&u)[Size],
                                                float (&dh)[Size], uint64_t s, uint64_t b,
                                                uint64_t next_s, uint64_t next_b) {
     products_begin();
-    product<T, false, Depth>(g, s, b);
+    product<T, true, Depth>(g, s, b);
     products_commit();
-    product<T, false, Depth>(u, s + next_s, b + next_b);
+    product<T, true, Depth>(u, s + next_s, b + next_b);
     products_commit();
-    product<T, false, Depth>(dh, s + 2 * next_s, b + 2 * next_b);
+    product<T, true, Depth>(dh, s + 2 * next_s, b + 2 * next_b);
     products_commit();
 }
 
@@ -99,19 +100,33 @@ __device__ __forceinline__ uint4 eight_of(const float (&v)[Size], int row) {
             pack<T>(of[12], of[13])};
 }
 
-// The gradients of a thread's elements, from half of g, u and dh, and <dh, h> of its two rows; g
-// becomes dg and u becomes du, each times the row's weight.
+// sum += a b where the mask is set: what others have in a and b, Inf and NaN too, stays out.
+__device__ __forceinline__ void add_where(uint32_t mask, float& sum, float a, float b) {
+    asm("{\n"
+        ".reg .pred set;\n"
+        "setp.ne.u32 set, %1, 0;\n"
+        "@set fma.rn.f32 %0, %2, %3, %0;\n"
+        "}"
+        : "+f"(sum)
+        : "r"(mask), "f"(a), "f"(b));
+}
+
+// The gradients of a thread's elements, from g, u and dh, and <dh, h> of its two rows, are added to
+// dgate (twice if kDoubled), dup and dot, the gradients times p and where the row's mask is set.
 template <class T, int Size>
-__device__ __forceinline__ void through(float (&half_g)[Size], float (&u)[Size], float (&dh)[Size],
-                                        const float (&p)[2], float (&dot)[2]) {
+__device__ __forceinline__ void add_through(const float (&g)[Size], const float (&u)[Size],
+                                            const float (&dh)[Size], const float (&p)[2],
+                                            const uint32_t (&mask)[2], float (&dgate)[Size],
+                                            float (&dup)[Size], float (&dot)[2]) {
 #pragma unroll
     for (int j = 0; j < Size; ++j) {
-        const float share = sigmoid_of_half<T>(half_g[j]);
-        const float silu = 2 * half_g[j] * share;
-        dot[j / 2 % 2] = fmaf(dh[j], silu * u[j], dot[j / 2 % 2]);
-        const float weighted = p[j / 2 % 2] * dh[j];
-        half_g[j] = weighted * u[j] * fmaf(silu, 1 - share, share);
-        u[j] = weighted * silu;
+        const int row = j / 2 % 2;
+        const float weighted = p[row] * dh[j];
+        float silu, slope;
+        silu_and_slope<T>(0.5f * g[j], silu, slope);
+        dot[row] = fmaf(dh[j], silu * u[j], dot[row]);
+        add_where(mask[row], dgate[j], weighted * u[j], kDoubled<T> ? slope + 1 : slope);
+        add_where(mask[row], dup[j], weighted, silu);
     }
 }
 
@@ -125,19 +140,37 @@ __device__ void expand(const MixBackward& m, SharedBackward<Rank>& sh, int begin
     const int lane = threadIdx.x % 32, warp = threadIdx.x % kWarpgroup / 32;
     const int rows[2] = {warp * 16 + lane / 4, warp * 16 + lane / 4 + 8};
     const int present = uniform(sh.num_present), column = lane % 4 * (kColumns / 4);
+    const int width = int(m.width);
     const int depths = depths_of(sh);
-    int64_t first[2];
+    uint32_t first[2];  // where a row begins, in eights of elements
 #pragma unroll
-    for (int i = 0; i < 2; ++i) first[i] = max(sh.token[rows[i]], 0) * m.width;
+    for (int i = 0; i < 2; ++i)
+        first[i] = uint32_t(max(sh.token[rows[i]], 0)) * uint32_t(m.width / 8) + lane % 4;
     const void* sources[3] = {m.gate, m.up, m.dmixed};
-    uint32_t next[3][2][kWords];
+    // Of G, U and dmixed: as they are read, two elements a register; 0 past the width.
+    uint32_t base[3][2][kWords] = {};
     const auto load = [&](int chunk) {
-        // Past the width, a place that exists: not used.
-        const int at = chunk * kColumns + column, place = at < m.width ? at : 0;
+        const bool inside = chunk < end && chunk * kColumns + column < width;
 #pragma unroll
         for (int from = 0; from < 3; ++from)
 #pragma unroll
-            for (int i = 0; i < 2; ++i) load_row(next[from][i], sources[from], first[i] + place);
+            for (int i = 0; i < 2; ++i) {
+                if (inside) {
+                    load_row(base[from][i], sources[from],
+                             8 * int64_t(first[i] + chunk * (kColumns / 8)));
+                } else {
+#pragma unroll
+                    for (uint32_t& word : base[from][i]) word = 0;
+                }
+            }
+    };
+    const auto start = [&](float (&v)[kOwn], int from) {
+#pragma unroll
+        for (int j = 0; j < kOwn; j += 2) {
+            const float2 two = unpack<T>(base[from][j / 2 % 2][j / 4]);
+            v[j] = two.x, v[j + 1] = two.y;
+        }
+        settle(v);
     };
     load(begin + which);
     const uint32_t stages = shared_address(sh.stage);
@@ -155,40 +188,12 @@ __device__ void expand(const MixBackward& m, SharedBackward<Rank>& sh, int begin
         }
     };
     for (int chunk = begin + which; chunk < end; chunk += kExpanding) {
-        // Of G, U and dmixed: as they were read, two elements a register.
-        uint32_t base[3][2][kWords];
-        const bool inside = chunk * kColumns + column < m.width;
-#pragma unroll
-        for (int from = 0; from < 3; ++from)
-#pragma unroll
-            for (int i = 0; i < 2; ++i)
-#pragma unroll
-                for (int j = 0; j < kWords; ++j) base[from][i][j] = inside ? next[from][i][j] : 0;
-        load(min(chunk + kExpanding, end - 1));
-        const auto base_of = [&](int from, int j) {  // the pair of columns of values j and j + 1
-            return unpack<T>(base[from][j / 2 % 2][j / 4]);
-        };
-        float dgate[kOwn], dup[kOwn];
-        {
-            float g[kOwn], u[kOwn], dh[kOwn], dot[2] = {};
-#pragma unroll
-            for (int j = 0; j < kOwn; j += 2) {
-                const float2 a = base_of(0, j), b = base_of(1, j), c = base_of(2, j);
-                g[j] = 0.5f * a.x, g[j + 1] = 0.5f * a.y, u[j] = b.x, u[j + 1] = b.y;
-                dh[j] = c.x, dh[j + 1] = c.y;
-            }
-            const float p[2] = {sh.base_weight[rows[0]], sh.base_weight[rows[1]]};
-            through<T>(g, u, dh, p, dot);
-            const uint32_t mask[2] = {chosen[0] < 0 ? ~0u : 0u, chosen[1] < 0 ? ~0u : 0u};
-#pragma unroll
-            for (int j = 0; j < kOwn; ++j) {
-                dgate[j] = selected(g[j], mask[j / 2 % 2]);
-                dup[j] = selected(u[j], mask[j / 2 % 2]);
-            }
-            add_dot(kMaxLowRank, dot);
-        }
+        float dgate[kOwn] = {}, dup[kOwn] = {};
         for (int e = 0; e < present; ++e) {
             float g[kOwn], u[kOwn], dh[kOwn], dot[2] = {};
+            start(g, 0);
+            start(u, 1);
+            start(dh, 2);
             const int depth = depth_of(depths, e);
             sh.stage_full[ring.slot].wait(ring.parity);
             const uint64_t b = operand(stages + ring.slot * (3 * kFactor), depth);
@@ -203,32 +208,34 @@ __device__ void expand(const MixBackward& m, SharedBackward<Rank>& sh, int begin
                 three_products<T, 16>(g, u, dh, s, b, kNextS, next_b);
             }
             const float p[2] = {sh.weight[e][rows[0]], sh.weight[e][rows[1]]};
+            const uint32_t mask[2] = {chosen[0] >> e & 1 ? ~0u : 0u, chosen[1] >> e & 1 ? ~0u : 0u};
             products_wait<0>(g);
             settle(u);
             settle(dh);
             if (lane == 0) sh.stage_empty[ring.slot].arrive();
             ring.next();
-#pragma unroll
-            for (int j = 0; j < kOwn; j += 2) {
-                const float2 x = base_of(0, j), y = base_of(1, j), z = base_of(2, j);
-                g[j] = 0.5f * (g[j] + x.x), g[j + 1] = 0.5f * (g[j + 1] + x.y);
-                u[j] += y.x, u[j + 1] += y.y, dh[j] += z.x, dh[j + 1] += z.y;
-            }
-            through<T>(g, u, dh, p, dot);
-            const uint32_t mask[2] = {chosen[0] >> e & 1 ? ~0u : 0u, chosen[1] >> e & 1 ? ~0u : 0u};
-#pragma unroll
-            for (int j = 0; j < kOwn; ++j) {
-                dgate[j] += selected(g[j], mask[j / 2 % 2]);
-                dup[j] += selected(u[j], mask[j / 2 % 2]);
-            }
+            add_through<T>(g, u, dh, p, mask, dgate, dup, dot);
             add_dot(e, dot);
         }
+        {  // the base's own, last: the next chunk is on its way meanwhile
+            float g[kOwn], u[kOwn], dh[kOwn], dot[2] = {};
+            start(g, 0);
+            start(u, 1);
+            start(dh, 2);
+            load(chunk + kExpanding);
+            const float p[2] = {sh.base_weight[rows[0]], sh.base_weight[rows[1]]};
+            const uint32_t mask[2] = {chosen[0] < 0 ? ~0u : 0u, chosen[1] < 0 ? ~0u : 0u};
+            add_through<T>(g, u, dh, p, mask, dgate, dup, dot);
+            add_dot(kMaxLowRank, dot);
+        }
+#pragma unroll
+        for (float& twice : dgate) twice *= kSingle<T>;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            if (sh.token[rows[i]] < 0 || !inside) continue;
-            const int64_t at = first[i] + chunk * kColumns + column;
-            *reinterpret_cast<uint4*>(static_cast<uint16_t*>(m.dgate) + at) = eight_of<T>(dgate, i);
-            *reinterpret_cast<uint4*>(static_cast<uint16_t*>(m.dup) + at) = eight_of<T>(dup, i);
+            if (sh.token[rows[i]] < 0 || chunk * kColumns + column >= width) continue;
+            const uint32_t at = first[i] + chunk * (kColumns / 8);
+            static_cast<uint4*>(m.dgate)[at] = eight_of<T>(dgate, i);
+            static_cast<uint4*>(m.dup)[at] = eight_of<T>(dup, i);
         }
     }
 }
@@ -262,7 +269,7 @@ __global__ void __launch_bounds__(CutBackward::kThreads, 1)
     const int end = min(begin + m.chunks_per_block, m.num_chunks);
     const int role = uniform(threadIdx.x / kWarpgroup);
     if (role == 0) {
-        fewer_registers<kCopyRegisters>();
+        fewer_registers<CutBackward::kCopy>();
         if (threadIdx.x == 0) copy_factors(m, sh, begin, end);
     } else {
         more_registers<CutBackward::kExpand>();

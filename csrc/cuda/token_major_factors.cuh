@@ -16,10 +16,6 @@ __device__ __forceinline__ void product_of_held(float (&d)[kRows / 2],
         from_registers<T, true, false>(d, a[k], b + k * kNextColumns);
 }
 
-// bfloat16's sigmoid is formed from g / 2: B_g is halved, which is exact, and so is 2 dg's sum.
-template <class T>
-constexpr bool kHalved = std::is_same_v<T, __nv_bfloat16>;
-
 // A thread's part of a factor, as left operand of 64 columns; zero past the rank and the width.
 template <class T, int Depth>
 __device__ void load_factor(uint32_t (&a)[Depth / 16][4], const Factor& f, int column,
@@ -43,27 +39,16 @@ __device__ void load_factor(uint32_t (&a)[Depth / 16][4], const Factor& f, int c
     }
 }
 
-// Of one element: from the products g (halved if kHalved), u and dh (times p) dg (twice it if
-// kHalved), du and h.
+// Of one element: from the products g (of a halved B_g if kDoubled, which is exact), u and dh
+// (times p) dg (twice it if kDoubled), du and h.
 template <class T>
 __device__ __forceinline__ void through(float& g, float& u, float& dh, float base_g, float base_u,
                                         float base_dh, float p) {
     const float w = fmaf(p, base_dh, dh), v = u + base_u;
-    float silu, dg;
-    if constexpr (kHalved<T>) {
-        const float half = fmaf(0.5f, base_g, g);
-        float t;
-        asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(half));
-        silu = fmaf(half, t, half);
-        const float slope = t + fmaf(-silu, t, silu);  // 2 silu'(g) - 1
-        const float wv = w * v;
-        dg = fmaf(wv, slope, wv);
-    } else {
-        const float whole = g + base_g, share = sigmoid_of_half<T>(0.5f * whole);
-        silu = whole * share;
-        dg = w * v * fmaf(silu, 1 - share, share);
-    }
-    g = dg, u = w * silu, dh = silu * v;
+    const float half = kDoubled<T> ? fmaf(0.5f, base_g, g) : 0.5f * (g + base_g);
+    float silu, slope;
+    silu_and_slope<T>(half, silu, slope);
+    g = gate_grad<T>(w * v, slope), u = w * silu, dh = silu * v;
 }
 
 // Stores the gradients of a warpgroup's columns.
@@ -75,7 +60,7 @@ __device__ void store_grads(const FactorGrads& m, int which, int column,
 #pragma unroll
     for (int side = 0; side < 3; ++side) {
         if (!(m.wanted[which] >> side & 1)) continue;
-        const float scale = side == 0 && kHalved<T> ? 0.5f : 1.0f;
+        const float scale = side == 0 ? kSingle<T> : 1.0f;
         T* out = static_cast<T*>(m.grads[side]);
 #pragma unroll
         for (int j = 0; j < Depth / 8; ++j) {
@@ -116,7 +101,7 @@ __device__ void consume(const FactorGrads& m, SharedFactors& sh, const Item& ite
     // columns would cost twice what the right one does. A_d does not fit besides.
     uint32_t b_gate[Depth / 16][4], b_up[Depth / 16][4];
     const int column = item.chunk * kColumns + mine;
-    load_factor<T, Depth>(b_gate, factors[0], column, m.width, kHalved<T>);
+    load_factor<T, Depth>(b_gate, factors[0], column, m.width, kDoubled<T>);
     load_factor<T, Depth>(b_up, factors[1], column, m.width, false);
     {
         uint32_t a_down[Depth / 16][4];

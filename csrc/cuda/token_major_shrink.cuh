@@ -6,28 +6,12 @@
 namespace flexmore::cuda {
 namespace token_shrink_impl {
 
-// bfloat16's sigmoid is formed by tanh, and dg twice, which is exact.
-template <class T>
-constexpr bool kDoubled = std::is_same_v<T, __nv_bfloat16>;
-
 // Of one element, from g, u and dh: dg (twice it if kDoubled) and du, both before the weight.
 template <class T>
 __device__ __forceinline__ void through(float& g, float& u, float dh) {
-    float silu, dg;
-    const float product = dh * u;
-    if constexpr (kDoubled<T>) {
-        const float half = 0.5f * g;
-        float t;
-        asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(half));
-        silu = fmaf(half, t, half);
-        const float slope = t + fmaf(-silu, t, silu);  // 2 silu'(g) - 1
-        dg = fmaf(product, slope, product);
-    } else {
-        const float share = sigmoid_of_half<T>(0.5f * g);
-        silu = g * share;
-        dg = product * fmaf(silu, 1 - share, share);
-    }
-    g = dg, u = dh * silu;
+    float silu, slope;
+    silu_and_slope<T>(0.5f * g, silu, slope);
+    g = gate_grad<T>(dh * u, slope), u = dh * silu;
 }
 
 // Stores a warpgroup's rows of ds.
@@ -44,7 +28,7 @@ __device__ __forceinline__ void store_rows(const Shrink& m, int e, const int (&t
         for (int side = 0; side < 2; ++side) {
             const int at = side == 0 ? m.experts.gate_at[e] : m.experts.up_at[e];
             const int rank = side == 0 ? m.experts.gate_rank[e] : m.experts.up_rank[e];
-            const float scale = side == 0 && kDoubled<T> ? 0.5f * weights[i] : weights[i];
+            const float scale = side == 0 ? kSingle<T> * weights[i] : weights[i];
 #pragma unroll
             for (int j = 0; j < Depth / 8; ++j) {
                 const int column = 8 * j + lane % 4 * 2;
