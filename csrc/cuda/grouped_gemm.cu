@@ -269,22 +269,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <class T, bool Gated, bool Training>
 void launch(const Problems& p, int blocks, cudaStream_t stream) {
-    const auto kernel = grouped_gemm_kernel<T, Gated, Training>;
-    const int shared = sizeof(Shared);
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
-               "grouped_gemm: shared memory");
-    cudaLaunchAttribute attribute;
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = kBlocks;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(blocks / kBlocks * kBlocks);
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = shared;
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    check_cuda(cudaLaunchKernelEx(&config, kernel, p), "grouped_gemm");
+    launch_clusters(grouped_gemm_kernel<T, Gated, Training>, kBlocks,
+                    unsigned(blocks / kBlocks * kBlocks), kThreads, sizeof(Shared), stream,
+                    "grouped_gemm", p);
 }
 
 using Tensors = std::vector<Tensor>;

@@ -100,11 +100,6 @@ __device__ void copy_operands(const Problems& p, Shared& sh, int cluster, int cl
     }
 }
 
-__device__ __forceinline__ void release(Barrier* empty) {
-    const int lane = threadIdx.x % 32;
-    if (lane < kBlocks) arrive_at(empty, lane);
-}
-
 __device__ __forceinline__ void clear(float (&sum)[128]) {
 #pragma unroll
     for (int i = 0; i < 128; ++i) sum[i] = 0;
@@ -130,12 +125,12 @@ __device__ __forceinline__ void multiply(Shared& sh, Ring<kStages>& ring, int st
         }
         products_commit();
         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");  // one step stays on its way
-        if (before) release(before);
+        if (before) release<kBlocks>(before);
         before = &sh.empty[ring.slot];
         ring.next();
     }
     products_wait<0>(sum);
-    if (before) release(before);
+    if (before) release<kBlocks>(before);
 }
 
 // Among the four threads that share a row of a product's result: words[m] of thread q and words[q]

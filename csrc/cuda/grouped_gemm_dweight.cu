@@ -102,7 +102,7 @@ __device__ void compute(const Problems& p, Shared& sh, int cluster, int clusters
         if (columns <= 0 || tile.row + group * kBox >= problem.height) {
             for (int step = 0; step < tile.steps; ++step) {  // nothing of the result is here
                 sh.full[ring.slot].wait(ring.parity);
-                release(&sh.empty[ring.slot]);
+                release<kBlocks>(&sh.empty[ring.slot]);
                 ring.next();
             }
         } else if (columns <= 64) {
@@ -182,16 +182,9 @@ __global__ void __launch_bounds__(kSumThreads)
 
 template <class T>
 void launch(const Problems& p, int clusters, cudaStream_t stream) {
-    const auto kernel = grouped_gemm_dweight_kernel<T>;
-    const int shared = sizeof(Shared);
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
-               "grouped_gemm_dweight: shared memory");
-    cudaLaunchAttribute attribute;
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = kBlocks;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    launch_with(&attribute, kernel, unsigned(std::min(clusters, p.first[p.count]) * kBlocks),
-                kThreads, shared, stream, "grouped_gemm_dweight", p);
+    launch_clusters(grouped_gemm_dweight_kernel<T>, kBlocks,
+                    unsigned(std::min(clusters, p.first[p.count]) * kBlocks), kThreads,
+                    sizeof(Shared), stream, "grouped_gemm_dweight", p);
     if (p.parts == 1) return;
     Sums sums{};
     sums.parts = p.parts;

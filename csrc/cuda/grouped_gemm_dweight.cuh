@@ -121,11 +121,6 @@ __device__ inline void copy_operands(const Problems& p, Shared& sh, int cluster,
     }
 }
 
-__device__ __forceinline__ void release(Barrier* empty) {
-    const int lane = threadIdx.x % 32;
-    if (lane < kBlocks) arrive_at(empty, lane);
-}
-
 // Describes an operand of boxes one after the other, each of kDepth summed rows of 128 bytes as
 // tensor maps write them, swizzled. The next 16 summed rows are kNextRows bytes on.
 __device__ __forceinline__ uint64_t operand_by_columns(uint32_t address) {
@@ -228,12 +223,12 @@ __device__ __forceinline__ void multiply(Shared& sh, Ring<kStages>& ring, const 
         }
         products_commit();
         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");  // one step stays on its way
-        if (before) release(before);
+        if (before) release<kBlocks>(before);
         before = &sh.empty[ring.slot];
         ring.next();
     }
     products_wait<0>(sum);
-    if (before) release(before);
+    if (before) release<kBlocks>(before);
 }
 
 }  // namespace flexmore::cuda::weight_grad

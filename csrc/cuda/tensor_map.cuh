@@ -108,6 +108,13 @@ __device__ __forceinline__ void arrive_at(Barrier* barrier, int block) {
         : "memory");
 }
 
+// Of a warp: arrives there in each of the cluster's blocks.
+template <int Blocks>
+__device__ __forceinline__ void release(Barrier* barrier) {
+    const int lane = threadIdx.x % 32;
+    if (lane < Blocks) arrive_at(barrier, lane);
+}
+
 // An operand of rows of 128 bytes as tensor maps write it: 16-byte groups swizzled by the row's
 // last three bits. Tiles start at multiples of 1024 bytes; column 16 k is 32 k bytes on.
 __device__ __forceinline__ uint64_t swizzled_operand(uint32_t address) {
