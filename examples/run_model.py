@@ -22,6 +22,7 @@ from flexmore_kernels.layer import STACK_ABOVE
 from flexmore_kernels.text import TOKENIZER_FILE
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+UNFINISHED = "unfinished"  # the folder where the result is made
 
 
 def small_decoder(options, device: str, dtype: torch.dtype) -> fk.FlexMoREForCausalLM:
@@ -97,7 +98,7 @@ def write_result(model, out: Path, dtype: torch.dtype, new: int | None, options,
 
     In `dtype`, made in another folder and renamed, the model last: where it is, all is there.
     """
-    work = out / "unfinished"
+    work = out / UNFINISHED
     shutil.rmtree(work, ignore_errors=True)
     tensors = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     config = model.config.to_dict()

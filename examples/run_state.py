@@ -57,6 +57,8 @@ class RunFolder:
         self.directory, self._say = directory, say
         self._settings = json.loads(json.dumps(dict(settings)))
         self._machine = json.loads(json.dumps(dict(machine)))
+        if directory.exists() and not directory.is_dir():
+            raise ValueError(f"out: {directory} is a file; accepted: a directory, new or a run's")
         directory.mkdir(parents=True, exist_ok=True)
         self._lock = (directory / LOCK).open("w")
         try:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import NamedTuple
 
 import run_options
 import torch
-from run_model import routings, small_decoder, with_expert, write_result
+from run_model import UNFINISHED, routings, small_decoder, with_expert, write_result
 from run_report import Bar, write_curves
 from run_state import RunFolder, State
 from run_text import BYTES, batch_of, contents, read_ids
@@ -237,6 +238,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(
                 f"out: {folder.directory} has a model; accepted: a new directory, or a run's"
             )
+        else:  # a kill just before the end may have left it
+            shutil.rmtree(folder.directory / UNFINISHED, ignore_errors=True)
     finally:
         folder.close()
     say(f"{folder.directory}/model: a FlexMoRE checkpoint, for `flexmore generate`")

@@ -9,7 +9,7 @@
                                   since these products would cost a third of the forward again
 
 All but the last are a row a token, however many experts a token has. `recompute` keeps x and the
-third, a few hundred bytes a token, which stand for a product with rows of h.
+third, a number a token and unit of rank, which stand for a product with rows of h.
 """
 
 from __future__ import annotations

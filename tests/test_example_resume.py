@@ -19,6 +19,7 @@ from example_runs import (
     ROOT,
     determinism_restored,
     left,
+    run_model,
     run_state,
     train,
     train_expert,
@@ -110,6 +111,8 @@ def test_a_state_cut_short_is_passed_over(text, tmp_path, monkeypatch, capsys, d
 def test_other_settings_are_refused_by_name(text, mixture, tmp_path, monkeypatch, capsys):
     out, other = tmp_path / "run", tmp_path / "other.txt"
     other.write_text("Another text that is long enough.")
+    with pytest.raises(ValueError, match="^out: .*other.txt is a file"):
+        train(text, other)
     stopped(text, out, monkeypatch, 1)
     before = left(out)
     for name, value in {
@@ -127,8 +130,11 @@ def test_other_settings_are_refused_by_name(text, mixture, tmp_path, monkeypatch
     assert left(out) == before
     train(text, out)
     capsys.readouterr()
+    done = left(out)
+    (out / run_model.UNFINISHED).mkdir()  # as a kill just before the end leaves it
     train(text, out)  # done: it says so, and changes nothing
     assert "/model: a FlexMoRE checkpoint" in capsys.readouterr().err
+    assert left(out) == done and not (out / run_model.UNFINISHED).exists()
     for path in out.glob("state-*"):
         path.unlink()
     with pytest.raises(ValueError, match="^out: .* has a model"):

@@ -24,7 +24,10 @@ ALL = tuple(FAMILIES)
 
 # What a case is for, its size, its ops. Tokens are few but for the plan of more than one block.
 CASES = {
-    "token-major, sums in parts": (Setup((0, 16, 5, 3), 9, BF16, hidden=512, intermediate=136), ALL),
+    "token-major, sums in parts": (
+        Setup((0, 16, 5, 3), 9, BF16, hidden=512, intermediate=136),
+        ALL,
+    ),
     "full-size and odd": (
         Setup((0, "full", 7, (2, 0, "full")), 13, FP32, hidden=37, intermediate=53),
         ALL,

@@ -113,6 +113,19 @@ def test_what_only_trained_down_matrices_need(device, kernels):
             parameter.requires_grad_(False)
 
 
+@pytest.mark.parametrize("tokens", (40, 600))
+def test_a_gradient_keeps_no_other_s_memory(tokens, device, kernels):
+    """Of one trained expert beside larger ones: gate's and up's, or its own with ranks padded."""
+    layer, x = make([0, 4, 30, 32], device=device), torch.randn(tokens, 32, device=device)
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(name.startswith("experts.1."))
+    layer(x.requires_grad_()).sum().backward()
+    grads = [p.grad for p in layer.parameters() if p.requires_grad]
+    assert len(grads) == 6
+    for grad in grads:
+        assert grad.untyped_storage().nbytes() <= 2 * grad.nbytes
+
+
 def test_a_compiled_layer_recomputes_too(device):
     layer, x = make(RANKS["low_rank"], device=device), torch.randn(12, 32, device=device)
     layer.recompute = True

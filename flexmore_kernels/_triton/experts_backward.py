@@ -22,10 +22,10 @@ def backward(dy, x, indices, weights, kept: Kept, sides, needs, side_needs):
     """(dx, dweights, gradients of the three projections), None where not needed."""
     down = sides[2]
     need_x, need_weights = needs
-    need_hidden = need_x or need_weights or any(n for s in side_needs[:2] for n in s.tensors)
-    own = _own(x, sides) if need_hidden else None
+    own = _own(x, sides)
     if own is not None:
         return token_backward.backward(dy, x, indices, weights, kept, sides, own, needs, side_needs)
+    need_hidden = need_x or need_weights or any(n for s in side_needs[:2] for n in s.tensors)
     layer = Routed(x, indices, sides)
     plan = layer.plan
     in_gate, in_up, out_down = layer.packed
@@ -57,7 +57,7 @@ def backward(dy, x, indices, weights, kept: Kept, sides, needs, side_needs):
         _input_grads(layer, index, drows[index], z[index], dz[index], side_needs[index])
         for index in (0, 1)
     ]
-    grads.append(_down_grads(layer, dy, h_NF, weights, side_needs[2]))
+    grads.append(_down_grads(layer, dy, h_NF, weights, kept.s_down, side_needs[2]))
     dbases = []
     for index, side in enumerate(sides[:2]):
         wanted = need_x or side_needs[index].full[0]
@@ -66,7 +66,9 @@ def backward(dy, x, indices, weights, kept: Kept, sides, needs, side_needs):
         if side_needs[index].full[0]:
             grads[index]["full"][0] = dbases[index].T @ x
     if side_needs[2].full[0]:
-        mixed = layer.unpermute(h_NF, layer.base_weights(down, weights))
+        mixed = kept.mixed
+        if mixed is None:
+            mixed = layer.unpermute(h_NF, layer.base_weights(down, weights))
         grads[2]["full"][0] = dy.T @ mixed
     dx = _input_gradient(layer, dbases, drows, dz) if need_x else None
     return dx, dweights, [_collect(s, g) for s, g in zip(sides, grads, strict=True)]
@@ -131,15 +133,17 @@ def _input_grads(layer: Routed, index: int, drow, z, dz, needs: Projection) -> d
     return {"full": full, "factors": side.unpack(da, db, RANK_MULTIPLE)}
 
 
-def _down_grads(layer: Routed, dy, h_NF, weights, needs: Projection) -> dict:
-    """Weight gradients of down, but for the base's."""
+def _down_grads(layer: Routed, dy, h_NF, weights, s_down, needs: Projection) -> dict:
+    """Weight gradients of down, but for the base's; s_down: p A_d h by token, if it was kept."""
     side, packed = layer.sides[2], layer.packed[2]
     need_a, need_b = needs.factor_needs()
     da = db = None
     if any(need_a):
         q = layer.shrink(dy, packed.b.T, packed.ranks, gather=True, weights=weights)
         da = layer.factor_grad(q, h_NF, packed.ranks, need_a)
-    if any(need_b):
+    if any(need_b) and s_down is not None:
+        db = s_down.T @ dy
+    elif any(need_b):
         z_down = layer.shrink(h_NF, packed.a, packed.ranks, weights=weights)
         db = layer.factor_grad(z_down, dy, packed.ranks, need_b, gather=True)
     full = {}

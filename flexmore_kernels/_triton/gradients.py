@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..projection import RANK_MULTIPLE, Projection
+from ..ragged import joined
 
 A, B = 0, 1
 
@@ -32,14 +34,24 @@ class Gradients:
         """Of one expert: a (r, in) or b (out, r), or padded to more ranks."""
         self._factors[which][expert] = grad.narrow(which, 0, self.side.ranks[expert])
 
-    def put_packed(self, which: int, grad: Tensor | None, experts=None) -> None:
-        """Of all experts, or of `experts` in this order: a (R, in) or b (out, R), ranks padded."""
+    def columns(self, which: int, packed: Tensor) -> tuple[Tensor, list[int]]:
+        """Of columns by expert, ranks padded, those whose factor is wanted; and of whom."""
+        padded, wanted = self.side.padded_ranks(RANK_MULTIPLE), self.wants(which)
+        experts = [e for e in range(len(padded)) if wanted[e]]
+        parts = packed.split(padded, 1)
+        return joined([parts[e] for e in experts], 1) if experts else packed[:, :0], experts
+
+    def put_packed(self, which: int, grad: Tensor | None, experts: Sequence[int]) -> None:
+        """Of `experts` in this order: a (R, in) or b (out, R), ranks padded."""
         if grad is None:
             return
-        padded, first = self.side.padded_ranks(RANK_MULTIPLE), 0
-        for e in range(len(padded)) if experts is None else experts:
-            if self.wants(which)[e]:
-                self.put(which, e, grad.narrow(which, first, padded[e]))
+        padded, wanted, first = self.side.padded_ranks(RANK_MULTIPLE), self.wants(which), 0
+        all_wanted = all(wanted[e] for e in experts if padded[e])
+        for e in experts:
+            if wanted[e]:
+                own = grad.narrow(which, first, padded[e])
+                # A view of rows would keep the memory of all for as long as the gradient lives.
+                self.put(which, e, own if all_wanted else own.clone())
             first += padded[e]
 
     def collect(self) -> Projection:

@@ -38,7 +38,7 @@ def backward(dy, x, indices, weights, kept: Kept, sides, own: tuple[int, ...], n
     state = _Backward(dy, x, indices, weights, kept, sides, own, needs, side_needs)
     if own:
         state.own_middle()
-    if 0 not in own:
+    if 0 not in own and state.needs_hidden:
         state.token_middle()
     state.down_weights()
     dx = state.inputs()
@@ -65,7 +65,13 @@ class _Backward:
         if self.shared.hidden and kept.gate is None:
             self.bases = tuple(x @ side.full[0].T for side in sides[:2])
         self.by_shared = added_to_hidden(self.layouts, own)
-        self.dmixed = dy @ sides[2].full[0] if self.shared.down else None
+        hidden_needs = [need for side in side_needs[:2] for need in side.tensors]
+        self.needs_hidden = (
+            self.need_x or self.need_weights or any(hidden_needs) or self.grads[2].wants_any(A)
+        )
+        self.dmixed = None
+        if self.shared.down and (own or self.needs_hidden):
+            self.dmixed = dy @ sides[2].full[0]
         self.dweights = torch.zeros_like(weights) if self.need_weights else None
         self.dbases: list[Tensor | None] = [None, None]
         self.ds_others = None
@@ -144,7 +150,7 @@ class _Backward:
     def _row_grad(self, index: int, e: int, left: Tensor, right: Tensor) -> None:
         """The gradient of a full-size weight from an expert's own rows, if it is wanted."""
         if self.grads[index].needs.full[e]:
-            out = torch.empty_like(self.sides[index].full[e])
+            out = left.new_empty(left.shape[1], right.shape[1])
             self.work.append(RowGrads(e, out, left, right))
             self.grads[index].full[e] = out
 
@@ -158,19 +164,8 @@ class _Backward:
             tuple(bool(rank) and want for rank, want in zip(low.ranks, wanted, strict=True))
             for low, wanted in zip(layer.packed, wants, strict=True)
         ]
-        found = hidden_backward(
-            *(
-                layer,
-                plan,
-                self.dmixed,
-                *self.bases,
-                self.weights,
-                self.s_TR,
-                q_TR,
-                self.need_s,
-                wants,
-            )
-        )
+        given = (self.dmixed, *self.bases, self.weights, self.s_TR, q_TR)
+        found = hidden_backward(layer, plan, *given, self.need_s, wants)
         self.dbases, self.ds_others = [found.dgate, found.dup], found.ds
         if self.dweights is not None:
             self.dweights += rows_to_slots(found.dots, plan.slot_to_row)
@@ -192,7 +187,8 @@ class _Backward:
             if self.own:
                 self.s_down = shrunk(self.layer, self.sides[2], self.own, self.h_NF, s_others, None)
         if grads.wants_any(B):
-            grads.put_packed(B, self.dy.T @ self.s_down)
+            columns, experts = grads.columns(B, self.s_down)
+            grads.put_packed(B, self.dy.T @ columns, experts)
         for e in self.own:
             if e not in self.by_shared:
                 self._row_grad(2, e, self.dy_ND, self.h_NF)
@@ -214,9 +210,7 @@ class _Backward:
                     self.grads[index].full[0] = self.dbases[index].T @ x
         ds_TR = self._rank_columns() if self.need_s else None
         if ds_TR is not None and any(grads.wants_any(A) for grads in self.grads[:2]):
-            widths = [sum(packed.ranks) for packed in self.packed[:2]]
-            for grads, part in zip(self.grads, (ds_TR.T @ x).split(widths), strict=False):
-                grads.put_packed(A, part)
+            self._input_factors(ds_TR)
         if not self.need_x:
             return None
         total = self._shared_dx(ds_TR)
@@ -229,6 +223,16 @@ class _Backward:
             for e in self.own
         }
         return add_rows(self.layer, total, {e: own for e, own in terms.items() if own}, self.slots)
+
+    def _input_factors(self, ds_TR: Tensor) -> None:
+        """Gradients of gate's and up's A, of those that are wanted, as one product."""
+        parts = ds_TR.split([sum(packed.ranks) for packed in self.packed[:2]], 1)
+        found = [grads.columns(A, part) for grads, part in zip(self.grads, parts, strict=False)]
+        columns = [own for own, _ in found if own.shape[1]]
+        product = joined(columns, 1).T @ self.x
+        for grads, (own, experts) in zip(self.grads, found, strict=False):
+            grads.put_packed(A, product[: own.shape[1]], experts)
+            product = product[own.shape[1] :]
 
     def _shared_dx(self, ds_TR: Tensor | None) -> Tensor | None:
         """dG W_g + dU W_u + ds A, in float32 or rounded."""

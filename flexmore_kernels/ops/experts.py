@@ -66,9 +66,10 @@ def experts(
         counts: (E,) int, the form for callers that dispatch themselves: x is (N, D), rows sorted by
             expert, `counts` rows each; rows past their sum get zeros. `weights` is (N,) or None for
             1. Each row is an output: y_n = weights[n] E_e(x_n).
-        recompute: keep for the backward only x, the routing and a few hundred bytes a token, not
-            G = x W_g^T and U = x W_u^T, (T, F) each, nor what else kept.py lists; it computes them
-            again, 4 T D F operations, to the same bits.
+        recompute: keep for the backward only x, the routing and, where a factor B of down is
+            trained, a number a token and unit of rank, not G = x W_g^T and U = x W_u^T, (T, F)
+            each, nor what else kept.py lists; it computes them again, 4 T D F operations, to the
+            same bits.
 
     Returns: (T, D) in x's dtype. Base and delta are added before rounding, in float32 (float64).
     Raises ValueError or TypeError naming the argument; ids out of range or repeated within a token
@@ -240,10 +241,16 @@ def _experts_backward(dy, x, indices, weights, kept, tensors, layout, stacked, n
         *(needs[:2], unflatten(needs[2:], layout, stacked)),
     )
     grads = [dx, dweights, *(grad for side in sides for grad in side.tensors)]
+    like = (x, weights, *tensors)
     return [
-        x.new_empty(0) if grad is None or not need else grad.contiguous()
-        for grad, need in zip(grads, needs, strict=True)
+        _gradient(*given) if need else x.new_empty(0)
+        for *given, need in zip(grads, like, needs, strict=True)
     ]
+
+
+def _gradient(grad: Tensor | None, of: Tensor) -> Tensor:
+    """Contiguous; None, of what nothing depends on, such as factors of no rank, is zero."""
+    return of.new_zeros(of.shape) if grad is None else grad.contiguous()
 
 
 def _experts_backward_fake(dy, x, indices, weights, kept, tensors, layout, stacked, needs):
