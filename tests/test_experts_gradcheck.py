@@ -33,7 +33,7 @@ TRAINS = {
 
 
 def named(sides) -> list[str]:
-    """Of each weight tensor, in order: "full" or "factor", "last" if the last expert's, its side."""
+    """Of each weight tensor: "full" or "factor", "last" if the last expert's, and its side."""
     names = []
     for name, side in zip(("gate", "up", "down"), sides, strict=True):
         for e, entry in enumerate(side):
