@@ -218,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = run_options.parse(arguments)
     if options.device == "cuda":  # for equal bits: some of torch's ways are quicker, but not that
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     settings, layout, tokenizer, vocabulary = run_options.settings(options), None, None, BYTES
     if options.checkpoint is not None:
