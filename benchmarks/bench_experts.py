@@ -19,10 +19,10 @@ from benchmarks import bench, records
 from benchmarks.candidates import CANDIDATES, Candidate, with_backward
 from benchmarks.problem import CHECKED_ROWS, DTYPES, Problem
 from benchmarks.shapes import SHAPES, SWEPT
+from benchmarks.training import FORWARD, PASSES, gradient_error, saved_kb_a_token
 from flexmore_kernels.testing import accuracy
 from flexmore_kernels.timing import CACHES, Call, CallFailed, Interrupted, Times, compare, l2_bytes
 
-PASSES = ("forward", "forward + backward")
 LONGEST_S = 60.0
 """For building and checking one candidate, torch.compile included."""
 
@@ -34,7 +34,7 @@ def price(
     *,
     device: str,
     dtype: torch.dtype | None = None,
-    passes: Iterable[str] = PASSES[:1],
+    passes: Iterable[str] = (FORWARD,),
     context: dict[str, Any],
     say: Callable[[str], None],
     write: Callable[[dict[str, Any]], Any],
@@ -45,6 +45,7 @@ def price(
 
     Args:
         names: of CANDIDATES. What cannot run is in the record with its reason.
+        passes: of PASSES.
         context: environment and roofs of the run.
         seconds: about what the timed rounds of one pass may take; deadline: when, by
             time.monotonic(), to build no further candidate.
@@ -53,11 +54,12 @@ def price(
     say("drawing weights")
     problem = Problem(shape, tokens, device, dtype)
     say("the reference in float64")
-    _ = problem.truth
+    for what in ("experts", "dense"):
+        problem.truth(what)
     for which in passes:
-        work = {dense: problem.work(which != PASSES[0], dense) for dense in (False, True)}
+        problem.train(PASSES[which])
         calls, results = _build(problem, names, which, say, deadline)
-        say(f"{which}: timing {len(calls)} candidates side by side")
+        say(f"timing {len(calls)} candidates side by side")
         clocks, times = records.Clocks(device), {}
         try:
             times = _time(problem, calls, results, which, seconds, clocks)
@@ -66,13 +68,15 @@ def price(
             raise
         finally:
             for name, found in times.items():
-                of_dense = CANDIDATES[name].what == "dense"
-                results[name] |= records.result(found, context["roofs"], *work[of_dense])
+                one = CANDIDATES[name]
+                work = problem.work(FORWARD if one.only_forward else which, one.what)
+                results[name] |= records.result(found, context["roofs"], *work)
+            nbytes, flops = problem.work(which)
             write({
                 "benchmark": "experts", "op": "layer", "shape": shape_name, **shape._asdict(),
                 "tokens": tokens, "dtype": str(dtype).removeprefix("torch."), "pass": which,
-                **context, "clocks": clocks.seen(), "bytes": work[False][0],
-                "flops": work[False][1], "results": results,
+                **context, "clocks": clocks.seen(), "bytes": nbytes, "flops": flops,
+                "results": results,
             })  # fmt: skip
         del calls
         torch._dynamo.reset()
@@ -88,17 +92,17 @@ def _build(
         candidate = CANDIDATES[name]
         left = deadline - time.monotonic()
         why = candidate.fits(problem)
-        if not why and which != PASSES[0] and candidate.trains is None:
+        if not why and _steps(candidate, which) and _trains(problem, candidate) is None:
             why = "no backward that compares"
         if not why and left < 5:
             why = "no time left"
         if why:
             results[name] = {"not_run": why}
             continue
-        say(f"{which}: building and checking {name}")
+        say(f"building and checking {name}")
         try:
             with records.time_limit(min(LONGEST_S, left)):
-                calls[name], results[name] = _first(problem, candidate, which)
+                calls[name], results[name] = _first(problem, name, which)
         except ImportError as error:
             results[name] = {"not_run": f"not installed: {error}"}
         except Exception as error:
@@ -111,25 +115,45 @@ def _build(
     return calls, results
 
 
+def _steps(candidate: Candidate, which: str) -> bool:
+    """Whether it does a backward in this pass."""
+    return which != FORWARD and not candidate.only_forward
+
+
+def _trains(problem: Problem, candidate: Candidate) -> list[torch.Tensor] | None:
+    return candidate.trains(problem) if candidate.trains else None
+
+
 def _wrong(result: dict[str, Any]) -> bool:
-    ratio = result["error_ratio"]
-    return ratio is None or ratio > 1
+    ratios = [result[name] for name in ("error_ratio", "gradient_error_ratio") if name in result]
+    return any(ratio is None or ratio > 1 for ratio in ratios)
 
 
-def _first(problem: Problem, candidate: Candidate, which: str) -> tuple[Call, dict[str, Any]]:
-    """Make the candidate, check its first rows, and see what its first call and memory are."""
+def _first(problem: Problem, name: str, which: str) -> tuple[Call, dict[str, Any]]:
+    """Make the candidate, check its first rows, and see what its first call and memory are.
+
+    Ours' gradients are checked too; what is kept for them is seen where nothing is compiled, which
+    would compile anew for it.
+    """
     begin = time.perf_counter()
+    candidate = CANDIDATES[name]
     call = candidate.make(problem)
-    forward = which == PASSES[0]
-    truth, same = problem.truth["dense" if candidate.what == "dense" else "experts"]
+    forward, more = not _steps(candidate, which), {}
+    truth, same = problem.truth(candidate.what)
     with torch.set_grad_enabled(not forward):
         ratio = accuracy(call()[:CHECKED_ROWS].detach(), truth, same).ratio
         if not forward:
+            if name.startswith("ours"):
+                given = (candidate.what, call, candidate.trains(problem), CHECKED_ROWS)
+                more["gradient_error_ratio"] = records.short(gradient_error(problem, *given))
+            if not name.endswith("compiled"):
+                more["saved_kb_a_token"] = records.short(saved_kb_a_token(problem, call))
             call = with_backward(problem, candidate, call)
             call()
     first_s = time.perf_counter() - begin
-    result = {"error_ratio": records.short(ratio), "first_s": round(first_s, 2)}
+    result = {"error_ratio": records.short(ratio), **more, "first_s": round(first_s, 2)}
     if problem.device == "cuda":
+        _free(problem.device)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
@@ -150,7 +174,7 @@ def _time(
 ) -> dict[str, Times]:
     """Side by side; a candidate that fails now, for want of memory say, leaves the rest."""
     base = sum(weight.nbytes for weight in problem.base)
-    forward = which == PASSES[0]
+    forward = which == FORWARD
     while calls:
         try:
             with torch.set_grad_enabled(not forward):
@@ -184,6 +208,6 @@ def _free(device: str) -> None:
 def bench_experts(benchmark, device, name):
     shape = SHAPES[SWEPT if device == "cuda" else "small"]
     problem = Problem(shape, shape.tokens, device, DTYPES[device])
-    calls, results = _build(problem, [name], PASSES[0], lambda _: None, float("inf"))
+    calls, results = _build(problem, [name], FORWARD, lambda _: None, float("inf"))
     assert name in calls, results[name]
-    bench.pedantic(benchmark, calls[name], device, *problem.work(False))
+    bench.pedantic(benchmark, calls[name], device, *problem.work())

@@ -7,7 +7,7 @@ its reason and stops nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from benchmarks import peers
 from benchmarks.problem import Problem
 from flexmore_kernels import baselines, ops
+from flexmore_kernels.testing import tensors
 from flexmore_kernels.timing import Call
 
 MANY = 8
@@ -27,14 +28,17 @@ class Candidate(NamedTuple):
     """One way to compute a layer.
 
     what: "layer" routes, then mixes; "experts" is given the routing; "dense" is one FFN of the
-    base's size, the floor of all layers that contain it. trains: what gets a gradient in a
-    backward; None where it has none that compares. fits: why it does not apply, or "".
+    base's size, the floor of all layers that contain it; "adapter" is that with the first expert's
+    factors on every token. trains: what gets a gradient in a backward; None, or giving None, where
+    it has none that compares. fits: why it does not apply, or "". only_forward: also where the
+    others do forward and backward.
     """
 
     make: Callable[[Problem], Call]
     what: str = "experts"
-    trains: Callable[[Problem], list[Tensor]] | None = None
+    trains: Callable[[Problem], list[Tensor] | None] | None = None
     fits: Callable[[Problem], str] = lambda p: ""
+    only_forward: bool = False
 
 
 def _mix(mix: Callable[..., Tensor], compiled: bool = False) -> Callable[[Problem], Call]:
@@ -71,20 +75,36 @@ def sorted_grouped_mm(
     return torch.empty_like(y).index_copy_(0, order, y).view(*indices.shape, -1).sum(1)
 
 
+def _dense_forward(p: Problem) -> Call:
+    return torch.no_grad()(_dense(True)(p))
+
+
 def _grouped_mm(p: Problem) -> Call:
     return lambda: sorted_grouped_mm(p.x, p.indices, p.gates, *p.merged)
 
 
+def _trained(given: Iterable[Tensor]) -> list[Tensor]:
+    return [tensor for tensor in given if tensor.requires_grad]
+
+
 def _given(p: Problem) -> list[Tensor]:
-    return [p.x, p.gates, *(t for t in p.factors if t.requires_grad)]
+    return [p.x, p.gates, *_trained(tensors(p.weights))]
 
 
 def _own_given(p: Problem) -> list[Tensor]:
-    return [p.x, p.gates, *(q for q in p.layer.experts.parameters() if q.requires_grad)]
+    return [p.x, p.gates, *_trained(p.layer.experts.parameters())]
 
 
 def _layer(p: Problem) -> list[Tensor]:
-    return [p.x, *(q for q in p.layer.parameters() if q.requires_grad)]
+    return [p.x, *_trained(p.layer.parameters())]
+
+
+def _dense_trains(p: Problem) -> list[Tensor]:
+    return [p.x, *_trained(p.base)]
+
+
+def _adapter(p: Problem) -> list[Tensor]:
+    return [p.x, *_trained(p.factors)]
 
 
 def _few(p: Problem) -> str:
@@ -92,9 +112,14 @@ def _few(p: Problem) -> str:
     return "" if count <= MANY else f"not for {count} experts"
 
 
-def _full(p: Problem) -> list[Tensor]:
+def _full(p: Problem) -> list[Tensor] | None:
     """Of candidates that know merged matrices alone: theirs are frozen, like all full-size ones."""
-    return [p.x, p.gates]
+    frozen = p.training.only is None and not p.training.full_size
+    return [p.x, p.gates] if frozen else None
+
+
+def _merged(p: Problem) -> list[Tensor] | None:
+    return [p.x, p.gates, *p.merged] if p.trains_merged else _full(p)
 
 
 def _all_full(p: Problem) -> str:
@@ -104,17 +129,23 @@ def _all_full(p: Problem) -> str:
 
 
 def _pair(p: Problem) -> str:
-    alone = len(p.shape.ranks) == p.shape.top_k == 2
+    alone = len(p.shape.ranks) == p.shape.top_k == 2 and p.shape.ranks[1] > 0
     return "" if alone else "an adapter on every token: 2 of 2 only"
 
 
 CANDIDATES: dict[str, Candidate] = {
     "ours, layer": Candidate(lambda p: lambda: p.layer(p.x), "layer", _layer),
     "ours, experts": Candidate(
-        lambda p: lambda: ops.experts(p.x, p.indices, p.gates, *p.own_weights), trains=_own_given
+        lambda p: (
+            lambda: ops.experts(
+                p.x, p.indices, p.gates, *p.own_weights, recompute=p.training.recompute
+            )
+        ),
+        trains=_own_given,
     ),
-    "dense FFN": Candidate(_dense(False), "dense", lambda p: [p.x]),
-    "dense FFN compiled": Candidate(_dense(True), "dense", lambda p: [p.x]),
+    "dense FFN": Candidate(_dense(False), "dense", _dense_trains),
+    "dense FFN compiled": Candidate(_dense(True), "dense", _dense_trains),
+    "dense FFN forward": Candidate(_dense_forward, "dense", only_forward=True),
     "fair eager, by index": Candidate(_mix(baselines.fair_eager), trains=_given),
     "fair eager, every expert": Candidate(_mix(baselines.every_expert), trains=_given, fits=_few),
     "fair eager, by index, compiled": Candidate(
@@ -124,14 +155,15 @@ CANDIDATES: dict[str, Candidate] = {
         _mix(baselines.every_expert, True), trains=_given, fits=_few
     ),
     "published": Candidate(_mix(baselines.published), trains=_given),
-    "torch grouped_mm": Candidate(_grouped_mm, trains=_full),
+    "torch grouped_mm": Candidate(_grouped_mm, trains=_merged),
     "Hugging Face eager": Candidate(peers.hugging_face("eager"), trains=_full),
     "Hugging Face grouped_mm": Candidate(peers.hugging_face("grouped_mm"), trains=_full),
     "Hugging Face block": Candidate(peers.hugging_face_block, "layer"),
-    "PEFT LoRA": Candidate(peers.peft_lora, trains=lambda p: [p.x, *p.factors], fits=_pair),
-    "Liger dense FFN": Candidate(peers.liger_dense, "dense", lambda p: [p.x]),
+    "PEFT LoRA": Candidate(peers.peft_lora, trains=_adapter, fits=_pair),
+    "PEFT LoRA on a dense FFN": Candidate(peers.peft_dense, "adapter", _adapter, _pair),
+    "Liger dense FFN": Candidate(peers.liger_dense, "dense", _dense_trains),
     "Liger experts": Candidate(peers.liger_experts, trains=_full, fits=_all_full),
-    "ScatterMoE": Candidate(peers.scattermoe, trains=_full, fits=_all_full),
+    "ScatterMoE": Candidate(peers.scattermoe, trains=_merged, fits=_all_full),
     "SonicMoE": Candidate(peers.sonicmoe, trains=_full, fits=_all_full),
 }
 PEERS = ("Liger experts", "ScatterMoE", "SonicMoE")

@@ -2,7 +2,7 @@
 # The one GPU command, without a network: build in place against the torch that python3 has, run the
 # tests on the GPU (side by side where pytest-xdist is there) and, beside them, the sanitizer's tiny
 # cases, which wait for compilers more than for the GPU; then the demo, and with the GPU to itself
-# the quick benchmarks. Under nine minutes on an H100 with 16 cores; each step says its seconds.
+# the quick benchmarks. About twelve minutes on an H100 with 16 cores; each step says its seconds.
 # DIR gets log.txt, steps.txt, records.jsonl and sanitize.tgz; the records are also added to
 # benchmarks/results/. COMMIT goes into them where the sources have no git history.
 #     bash benchmarks/gpu.sh DIR [COMMIT [PYTEST ARGUMENTS]]
@@ -27,8 +27,8 @@ step() {
 : >"$out/steps.txt"
 step build 120 "$PYTHON" -m pip install --no-build-isolation --no-deps -e . || failed=1
 step environment 60 "$PYTHON" -m flexmore_kernels.cli env || failed=1
-side_by_side=$("$PYTHON" -c 'import os, xdist; print("-n", max(1, os.cpu_count() - 4))' 2>/dev/null)
-step tests 330 "$PYTHON" -m pytest -q -m gpu --durations=10 $side_by_side "${selection[@]}" &
+side_by_side=$("$PYTHON" -c 'import os, xdist; print("-n", max(1, os.cpu_count() - 4), "--dist=loadgroup")' 2>/dev/null)
+step tests 540 "$PYTHON" -m pytest -q -m gpu --durations=10 $side_by_side "${selection[@]}" &
 tests=$!
 step sanitizer 330 bash tests/sanitize.sh "$out/sanitize" 310 || failed=1
 wait $tests || failed=1

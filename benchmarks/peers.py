@@ -59,11 +59,9 @@ def hugging_face_block(p: Problem) -> Call:
     return lambda: block(p.x[None])[0]
 
 
-def peft_lora(p: Problem) -> Call:
-    """The base FFN with a LoRA of PEFT's on all three projections, for a base and one expert.
-
-    PEFT has one adapter state a pass, so a mixture of both takes two passes over the base.
-    """
+def _with_adapter(p: Problem) -> tuple[torch.nn.Module, list]:
+    """The base FFN with a LoRA of PEFT's on all three projections, the first expert's factors; and
+    PEFT's modules."""
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -87,6 +85,21 @@ def peft_lora(p: Problem) -> Call:
     layers = [module for module in ffn.modules() if isinstance(module, BaseTunerLayer)]
     for layer, entries in zip((getattr(ffn, name) for name in names), p.weights, strict=True):
         layer.lora_A["default"].weight, layer.lora_B["default"].weight = entries[1]
+    return ffn, layers
+
+
+def peft_dense(p: Problem) -> Call:
+    """One FFN with its adapters, as PEFT is used: no mixture, one pass."""
+    ffn, _ = _with_adapter(p)
+    return lambda: ffn(p.x)
+
+
+def peft_lora(p: Problem) -> Call:
+    """The base, and the base with its adapters, for a base and one expert that are always on.
+
+    PEFT has one adapter state a pass, so a mixture of both takes two passes over the base.
+    """
+    ffn, layers = _with_adapter(p)
     shares = [(p.gates * (p.indices == e)).sum(-1, keepdim=True).to(p.dtype) for e in (0, 1)]
     shares = [share.detach() for share in shares]
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks import figure
+from benchmarks import aims, figure
 
 SHORT = {
     "ours, layer": "layer",
@@ -36,7 +36,8 @@ def full(record: dict[str, Any]) -> str:
         if "ms" not in found:
             lines.append(f"  {candidate:<44}  {found['not_run'][:60]}")
             continue
-        error = math.inf if found["error_ratio"] is None else found["error_ratio"]
+        ratios = [found[key] for key in ("error_ratio", "gradient_error_ratio") if key in found]
+        error = max(math.inf if ratio is None else ratio for ratio in ratios)
         shares = (found.get("share_of_copy"), found.get("share_of_matmul"))
         copy, matmul = (f"{share:.0%}" if share else "" for share in shares)
         times = "".join(f"{found[key]:>9.4g}" for key in ("ms", "p20", "p80"))
@@ -56,7 +57,9 @@ def short(records: Sequence[dict[str, Any]]) -> str:
         least = figure.floor(record)
         times = [record["results"].get(candidate, {}).get("ms") for candidate in SHORT]
         cells = "".join(f"{ms / least:>9.2f}" if ms else f"{'':>9}" for ms in times)
-        lines.append(f"{name(record):<44}{least:>9.4g}{cells}")
+        step = aims.step_ratio(record)
+        last = f"  layer {step:.2f} forwards, keeps {aims.saved(record)} KB a token" if step else ""
+        lines.append(f"{name(record):<44}{least:>9.4g}{cells}{last}")
     for record in records:
         cells = []
         for candidate, found in record["results"].items():

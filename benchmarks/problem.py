@@ -14,6 +14,7 @@ from torch import Tensor
 
 import reference
 from benchmarks.shapes import Shape
+from benchmarks.training import FORWARD, PASSES, Training
 from flexmore_kernels import FlexMoRE
 from flexmore_kernels.checkpoint import expert_weights
 from flexmore_kernels.checkpoint_forms import dense_weight
@@ -45,8 +46,8 @@ class Problem:
     """A layer, its tensors as plain lists, tokens x, the routing that the layer chose, and dy.
 
     weights: gate, up, down with E entries each, a matrix or a pair (a, b); own_weights: the same
-    as the layer holds them (stacked factors for many experts). The base and every full-size matrix
-    are frozen; router, factors, x and the routing's weights get gradients.
+    as the layer holds them (stacked factors for many experts). Gradients go to x, the routing's
+    weights and what `train` says; before that to router and factors.
     """
 
     def __init__(self, shape: Shape, tokens: int, device: str, dtype: torch.dtype) -> None:
@@ -61,8 +62,7 @@ class Problem:
                 width = max(shape.ranks) if name.endswith("_b") else parameter.shape[1]
                 scale /= math.sqrt(max(width, 1))
                 parameter.copy_(normal(*parameter.shape, device=device, dtype=dtype, scale=scale))
-        for name, parameter in self.layer.named_parameters():
-            parameter.requires_grad_(not name.endswith("_proj.weight"))
+        self.train(Training())
         stacked = isinstance(self.layer.experts, StackedExperts)
         held = self.layer.state_dict() if stacked else dict(self.layer.named_parameters())
         self.weights = expert_weights(held, shape.ranks)
@@ -74,6 +74,21 @@ class Problem:
         self.gates = routing.weights.detach().requires_grad_()
         self.x.requires_grad_()
         self.dy = normal(tokens, shape.hidden, device=device, dtype=dtype)
+        self._truths: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def train(self, training: Training) -> None:
+        """Choose which parameters get gradients, and what is kept for the backward."""
+        self.training = training
+        for name, parameter in self.layer.named_parameters():
+            parameter.requires_grad_(training.wants(name))
+        self.layer.recompute = training.recompute
+        for merged in self.__dict__.get("merged", ()):
+            merged.requires_grad_(self.trains_merged)
+
+    @property
+    def trains_merged(self) -> bool:
+        """Whether `merged` is what is trained, with gradients of the same mathematics."""
+        return self.training.full_size and not any(self.shape.ranks)
 
     @property
     def base(self) -> list[Tensor]:
@@ -94,49 +109,62 @@ class Problem:
         like = {"device": self.device, "dtype": self.dtype}
         gate_up, down = torch.empty(E, 2 * F, D, **like), torch.empty(E, D, F, **like)
         merge(self.weights, gate_up, down)
-        return gate_up, down
+        return gate_up.requires_grad_(self.trains_merged), down.requires_grad_(self.trains_merged)
 
-    @functools.cached_property
     @torch.no_grad()
-    def truth(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The first rows in float64 and in the problem's dtype, by the reference: of the experts
-        given the routing, and of the dense FFN."""
-        some = slice(0, CHECKED_ROWS)
-        given = (self.x[some], self.indices[some], self.gates[some], *self.weights)
-        alone = self.dense(self.x[some], self.base)
-        wide = to_float64((self.x[some], self.base))
-        return {
-            "experts": (reference.experts(*to_float64(given)), reference.experts(*given)),
-            "dense": (self.dense(*wide), alone),
-        }
+    def truth(self, what: str) -> tuple[Tensor, Tensor]:
+        """The first rows in float64 and in the problem's dtype, by the reference: of a candidate's
+        `what`, a layer's being its experts' given the routing."""
+        what = "experts" if what == "layer" else what
+        if what not in self._truths:
+            x, indices, gates = (t[:CHECKED_ROWS] for t in (self.x, self.indices, self.gates))
+            if what == "dense":
+                function, given = self.dense, (x, self.base)
+            else:
+                if what == "adapter":  # expert 1 alone, on every token
+                    indices = torch.ones_like(indices[:, :1])
+                    gates = torch.ones_like(gates[:, :1])
+                function, given = reference.experts, (x, indices, gates, *self.weights)
+            self._truths[what] = function(*to_float64(given)), function(*given)
+        return self._truths[what]
 
     @staticmethod
     def dense(x: Tensor, base: Iterable[Tensor]) -> Tensor:
         gate, up, down = base
         return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
 
-    def work(self, backward: bool, dense: bool = False) -> tuple[int, int]:
-        """(bytes, operations) that must be, whoever computes the layer, or the dense FFN.
+    def work(self, which: str = FORWARD, what: str = "layer") -> tuple[int, int]:
+        """(bytes, operations) that must be, whoever computes the pass of a layer, of the dense FFN
+        ("dense"), or of that with the first expert's factors on every token ("adapter").
 
         Each input read and each output written once, the base once a token, 2 r (in + out)
         operations for each pair of a routed row, full-size experts on their own rows.
 
-        Backward, with the base and the full-size experts frozen: once more what the forward does,
-        for the gradients of activations, and again for those of the factors.
+        Backward: once more what the forward does, for the gradients of activations, and again for
+        those of the weights that are trained. G and U, where they are not kept, once more.
         """
+        training = PASSES[which]
         ranks, D, F = self.shape.ranks, self.shape.hidden, self.shape.intermediate
         rows = torch.bincount(self.indices.flatten(), minlength=len(ranks)).tolist()
         on_base = torch.tensor([e == 0 or r > 0 for e, r in enumerate(ranks)], device=self.device)
         base_rows = int(on_base[self.indices].any(1).sum())
-        others = [n for e, (n, r) in enumerate(zip(rows, ranks, strict=True)) if e and not r]
-        full = 6 * D * F * (base_rows + sum(others))
-        low = sum(6 * n * r * (D + F) for n, r in zip(rows, ranks, strict=True))
-        matrices = 3 * D * F * ((base_rows > 0) + sum(n > 0 for n in others))
-        pairs = sum(3 * r * (D + F) for n, r in zip(rows, ranks, strict=True) if n)
-        if dense:
-            full, low, matrices, pairs = 6 * D * F * self.tokens, 0, 3 * D * F, 0
+        others = list(enumerate(zip(rows, ranks, strict=True)))[1:]
+        if what in ("dense", "adapter"):
+            base_rows = self.tokens
+            others = [(1, (self.tokens, ranks[1]))] if what == "adapter" else []
+        parts = [(base_rows, 3 * D * F, training.trains(0, True))]
+        parts += [
+            (n, 3 * r * (D + F) if r else 3 * D * F, training.trains(e, not r))
+            for e, (n, r) in others
+        ]
+        flops = sum(2 * n * size for n, size, _ in parts)
         x, width = self.tokens * D, self.dtype.itemsize
-        forward = matrices + pairs + 2 * x
-        if not backward:
-            return width * forward, full + low
-        return width * (2 * forward + x + pairs), 2 * full + 3 * low
+        forward = sum(size for n, size, _ in parts if n) + 2 * x
+        if which == FORWARD:
+            return width * forward, flops
+        trained = [(n, size) for n, size, trains in parts if trains]
+        again = 4 * D * F * base_rows if training.recompute and what in ("layer", "experts") else 0
+        return (
+            width * (2 * forward + x + sum(size for n, size in trained if n)),
+            2 * flops + sum(2 * n * size for n, size in trained) + again,
+        )

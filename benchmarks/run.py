@@ -4,6 +4,7 @@ short table last.
     python -m benchmarks.run --quick              # main shape, decode, short ops: 2.5 minutes
     python -m benchmarks.run --all                # all named shapes: 9 minutes on an H100
     python -m benchmarks.run --aims               # of these, what docs/kernels.md shows: 4 minutes
+    python -m benchmarks.run --training           # and its table of training: 5 minutes
     python -m benchmarks.run --shape flexolmo_mixed --tokens 64 4096 --backward
     python -m benchmarks.run --op permutation     # the ops of one file, or part of an op's name
 
@@ -24,10 +25,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import aims, bench, bench_experts, printed, records
+from benchmarks import aims, bench, bench_experts, printed, records, training
 from benchmarks.candidates import CANDIDATES, PEERS
 from benchmarks.problem import DTYPES
 from benchmarks.shapes import SHAPES, SWEEP, SWEPT
+from benchmarks.training import FORWARD, STEP
 
 STEMS = ("routing", "permutation", "gated_mix", "lowrank", "grouped_gemm")
 ALL = tuple(CANDIDATES)
@@ -45,7 +47,9 @@ SHOWN = (
     "torch grouped_mm", "Hugging Face eager", "Hugging Face grouped_mm",
 )  # fmt: skip
 """What README's table and figure show: records that these go into have no fewer."""
-TRAINED = (*OURS, "fair eager, by index", "fair eager, every expert, compiled", "published")
+STEPS = ("ours, layer", "dense FFN forward", "dense FFN compiled", "fair eager, by index")
+"""Of a step of training: all ratios are to one dense FFN's forward."""
+TRAINED = (*OURS, *STEPS[1:2], *STEPS[3:], "fair eager, every expert, compiled", "published")
 LONGEST = (*FEW, "Hugging Face eager", *PEERS)
 """Of full-size experts, with libraries that need a minute to compile."""
 
@@ -57,19 +61,20 @@ class Group(NamedTuple):
     tokens: int
     expected_s: float
     names: tuple[str, ...] = ()  # of candidates; none: the ops of `stem`
-    backward: bool = False
+    which: str = FORWARD  # of training.PASSES
     stem: str = ""
     op: str = ""  # part of the names of the ops that are wanted; none: all
 
     def __str__(self) -> str:
         what = f"ops of {self.stem}" if self.stem else "layer"
-        return f"{what}, {self.shape}, T = {self.tokens}"
+        which = "" if self.which == FORWARD else f", {self.which}"
+        return f"{what}, {self.shape}, T = {self.tokens}{which}"
 
 
 def layer(
-    shape: str, tokens: int, names: tuple[str, ...], expected_s: float, backward=False
+    shape: str, tokens: int, names: tuple[str, ...], expected_s: float, which: str = FORWARD
 ) -> Group:
-    return Group(shape, tokens, expected_s, names, backward)
+    return Group(shape, tokens, expected_s, names, which)
 
 
 def quick() -> list[Group]:
@@ -79,7 +84,7 @@ def quick() -> list[Group]:
         layer(SWEPT, full, SHOWN, 50),
         Group(SWEPT, full, 25, stem="routing"),
         Group(SWEPT, full, 10, stem="permutation"),
-        layer(SWEPT, full, TRAINED, 35, backward=True),
+        layer(SWEPT, full, TRAINED, 35, STEP),
         layer(SWEPT, 8, (*OURS, "fair eager, by index", "Hugging Face grouped_mm"), 15),
     ]
 
@@ -87,13 +92,9 @@ def quick() -> list[Group]:
 def everything() -> list[Group]:
     """All named shapes, the most telling first: time may run out."""
     full, compiles = SHAPES[SWEPT].tokens, ("flexolmo_6x16", "flexolmo_mixed", "flexolmo_large")
-    shapes = [
-        layer(
-            name, shape.tokens, PLAIN if name in compiles else FEW, 25 if name in compiles else 15
-        )
-        for name, shape in SHAPES.items()
-        if name not in (SWEPT, "tiny")
-    ]
+    both = {True: (PLAIN, 25), False: (FEW, 15)}
+    named = ((name, shape) for name, shape in SHAPES.items() if name not in (SWEPT, "tiny"))
+    shapes = [layer(name, shape.tokens, *both[name in compiles]) for name, shape in named]
     sweep = [layer(SWEPT, tokens, SHOWN, 18) for tokens in SWEEP if tokens != full]
     return [
         layer(SWEPT, full, ALL, 60),
@@ -102,11 +103,26 @@ def everything() -> list[Group]:
         *shapes,
         *sweep,
         *(Group(SWEPT, full, 15, stem=stem) for stem in STEMS[2:]),
-        layer(SWEPT, full, TRAINED, 35, backward=True),
+        layer(SWEPT, full, TRAINED, 35, STEP),
         layer("flexolmo_full", full, LONGEST, 75),
-        layer("flexolmo_6x16", full, TRAINED, 30, backward=True),
-        layer("flexolmo_large", full, TRAINED, 30, backward=True),
-        layer("flexolmo_full", full, (*OURS, "torch grouped_mm", "published"), 20, backward=True),
+        layer("flexolmo_6x16", full, TRAINED, 30, STEP),
+        layer("flexolmo_large", full, TRAINED, 30, STEP),
+        layer("flexolmo_full", full, (*OURS, "torch grouped_mm", "published"), 20, STEP),
+    ]
+
+
+def training_steps() -> list[Group]:
+    """The lines of docs/kernels.md about training, the most telling first."""
+    T, pair = SHAPES[SWEPT].tokens, "flexolmo_k2_of_2"
+    return [
+        layer(SWEPT, T, TRAINED, 45, STEP),
+        layer(SWEPT, T, STEPS, 25, training.ONE),
+        layer(pair, T, (*STEPS, "PEFT LoRA on a dense FFN", "PEFT LoRA"), 35, training.ONE),
+        layer("flexolmo_full_k2", T, STEPS, 30, training.ONE),
+        layer(SWEPT, T, STEPS, 30, training.ALL),
+        layer("flexolmo_mixed", T, (*STEPS, "ours, experts"), 35, STEP),
+        layer("flexolmo_full", T, (*STEPS, "torch grouped_mm"), 35, training.ALL),
+        layer(SWEPT, T, STEPS[:3], 20, training.RECOMPUTE),
     ]
 
 
@@ -120,7 +136,7 @@ def aimed_at() -> list[Group]:
         else group
         for group in everything()
         if group.names not in ((), LONGEST)
-        and not group.backward
+        and group.which == FORWARD
         and (group.shape, group.tokens) in wanted
     ]
     ops = min((aim.op for aim in aims.AIMS if aim.op != "layer"), key=len)
@@ -163,6 +179,7 @@ def take(
         def say(message: str, title: str = title) -> None:
             progress.say(f"{title}: {message}")
 
+        say(f"about {group.expected_s:.0f} s on an H100")
         try:
             _take_one(group, device, dtype, progress, context, write, say)
         except KeyboardInterrupt:
@@ -186,8 +203,8 @@ def _take_one(group, device, dtype, progress, context, write, say) -> None:
         return
     bench_experts.price(
         group.shape, group.tokens, group.names, device=device, dtype=dtype, context=context,
-        passes=bench_experts.PASSES[1:] if group.backward else bench_experts.PASSES[:1], say=say,
-        write=write, seconds=min(8.0, group.expected_s / 5), deadline=progress.deadline,
+        passes=(group.which,), say=say, write=write, seconds=min(8.0, group.expected_s / 5),
+        deadline=progress.deadline,
     )  # fmt: skip
 
 
@@ -201,21 +218,21 @@ def chosen(given: argparse.Namespace, device: str) -> list[Group]:
             Group(name, tokens, 20, stem=stem, op=op)
             for stem in stems for name in names for tokens in given.tokens or [SHAPES[name].tokens]
         ]  # fmt: skip
-    if given.shape or given.tokens or not (given.quick or given.all or given.aims):
-        passes = (False, True) if given.backward else (False,)
+    named = given.quick or given.all or given.aims or given.training
+    if given.shape or given.tokens or not named:
+        passes = (FORWARD, STEP) if given.backward else (FORWARD,)
         return [
-            layer(name, tokens, tuple(given.candidates or ALL), 60, backward)
+            layer(name, tokens, tuple(given.candidates or ALL), 60, which)
             for name in given.shape or [default]
-            for tokens in given.tokens or [SHAPES[name].tokens]
-            for backward in passes
-        ]
-    groups = everything() if given.all else aimed_at() if given.aims else quick()
+            for tokens in given.tokens or [SHAPES[name].tokens] for which in passes
+        ]  # fmt: skip
+    sets = ((given.all, everything), (given.aims, aimed_at), (given.training, training_steps))
+    groups = next((groups for wanted, groups in sets if wanted), quick)()
     if device == "cpu":
         # The wide shapes take minutes a candidate there: the small one stands for them all.
-        moved = [
-            g._replace(shape="small", tokens=min(g.tokens, SHAPES["small"].tokens)) for g in groups
-        ]
-        groups = list(dict.fromkeys(moved))
+        least = SHAPES["small"].tokens
+        moved = [g._replace(shape="small", tokens=min(g.tokens, least)) for g in groups]
+        groups = list({str(group): group for group in reversed(moved)}.values())[::-1]
     return groups
 
 
@@ -227,6 +244,7 @@ def main(words: list[str] | None = None) -> int:
     size.add_argument("--quick", action="store_true", help="the main shape, short ops: 2.5 minutes")
     size.add_argument("--all", action="store_true", help="all named shapes: 9 minutes")
     size.add_argument("--aims", action="store_true", help="what docs/kernels.md shows: 4 minutes")
+    size.add_argument("--training", action="store_true", help="steps of training: 5 minutes")
     parser.add_argument("--shape", nargs="+", choices=SHAPES, help="layers of these shapes")
     parser.add_argument("--tokens", nargs="+", type=int, help="default: the shape's")
     parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, metavar="NAME")
@@ -235,19 +253,18 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument(
-        "--seconds", type=float, help="budget; default 150, with --all or --aims 530"
+        "--seconds", type=float, help="budget; default 150, with --all, --aims, --training 530"
     )
     parser.add_argument("--start", type=int, default=1, help="number of the first group to take")
     parser.add_argument("--commit", help="to record, where the sources have no git history")
     parser.add_argument(
-        "--results",
-        type=Path,
-        default=records.RESULTS,
+        "--results", type=Path, default=records.RESULTS,
         help="folder of records, or one .jsonl file for all",
-    )
+    )  # fmt: skip
     given = parser.parse_args(words)
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    progress = Progress(given.seconds or (530 if given.all or given.aims else 150))
+    long = given.all or given.aims or given.training
+    progress = Progress(given.seconds or (530 if long else 150))
     groups = chosen(given, device)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     progress.say("measuring a large copy and a large matrix product")

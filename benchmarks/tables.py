@@ -14,12 +14,14 @@ from typing import Any
 
 from benchmarks import aims, figure, model_tables, records
 from benchmarks.shapes import SHAPES
+from benchmarks.training import FORWARD, STEP
 
 README = records.ROOT.parent / "README.md"
 FIGURE = records.RESULTS / "layer.svg"
 PAGE = records.RESULTS / "README.md"
 KERNELS = records.ROOT.parent / "docs" / "kernels.md"
-BEGIN, END = "<!-- times: begin -->", "<!-- times: end -->"
+TIMES, TRAINING = "times", "training"
+"""What is generated, by the name in the markers around it."""
 COLUMNS = {
     "ours, layer": "ours, with its router",
     "ours, experts": "ours, given the routing",
@@ -98,6 +100,7 @@ def block(found: Sequence[dict[str, Any]]) -> str:
         record
         for record in found
         if record["shape"] in IN_README
+        and (record["benchmark"] != "experts" or record["pass"] in (FORWARD, STEP))
         and (record["shape"] == "small") == (record["driver"] is None)
     ]
     models = model_tables.generation(shown), model_tables.conversion(shown)
@@ -115,15 +118,23 @@ def page(found: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(part for part in (head, layers(found), *models, ops(found)) if part) + "\n"
 
 
-def between(path: Path) -> str:
+def _markers(name: str) -> tuple[str, str]:
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+
+
+def between(path: Path, name: str = TIMES) -> str:
     """What stands between the markers."""
-    return path.read_text().partition(BEGIN)[2].partition(END)[0].strip()
+    begin, end = _markers(name)
+    return path.read_text().partition(begin)[2].partition(end)[0].strip()
 
 
-def fill(path: Path, text: str) -> None:
+def fill(path: Path, text: str, name: str = TIMES) -> None:
     """Put the text between the markers."""
-    before, _, rest = path.read_text().partition(BEGIN)
-    write(path, f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+    begin, end = _markers(name)
+    before, found, rest = path.read_text().partition(begin)
+    if not found:
+        raise ValueError(f"{path}: got no {begin}; accepted: a page that has it")
+    write(path, f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
 
 
 def write(path: Path, text: str) -> None:
@@ -145,6 +156,7 @@ def main() -> int:
         return 0
     fill(README, block(found))
     fill(KERNELS, aims.table(found))
+    fill(KERNELS, aims.table(found, aims.TRAINING), TRAINING)
     write(PAGE, page(found))
     swept = figure.sweep(found)
     if swept:

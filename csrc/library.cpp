@@ -77,6 +77,21 @@ STABLE_TORCH_LIBRARY(flexmore_native, m) {
         " Tensor[] a_down, int[] gate_ranks, int[] up_ranks, int[] down_ranks, Tensor? rows,"
         " Tensor? row_slots) -> (Tensor, Tensor)");
     m.def(
+        "token_mix_backward(Tensor dmixed, Tensor gate, Tensor up, Tensor weights,"
+        " Tensor token_order, Tensor expert_to_row, Tensor row_to_slot, Tensor s, Tensor q,"
+        " Tensor[] b_gate, Tensor[] b_up, Tensor[] a_down, int[] gate_ranks, int[] up_ranks,"
+        " int[] down_ranks) -> (Tensor, Tensor, Tensor)");
+    m.def(
+        "token_factor_grads(Tensor dmixed, Tensor gate, Tensor up, Tensor weights,"
+        " Tensor row_offsets, Tensor row_to_slot, Tensor s, Tensor q, Tensor[] b_gate,"
+        " Tensor[] b_up, Tensor[] a_down, int[] gate_ranks, int[] up_ranks, int[] down_ranks,"
+        " int[] wanted) -> (Tensor, Tensor, Tensor)");
+    m.def(
+        "token_input_grads(Tensor dmixed, Tensor gate, Tensor up, Tensor weights,"
+        " Tensor row_offsets, Tensor row_to_slot, Tensor s, Tensor q, Tensor[] b_gate,"
+        " Tensor[] b_up, Tensor[] a_down, int[] gate_ranks, int[] up_ranks, int[] down_ranks)"
+        " -> Tensor");
+    m.def(
         "swiglu_mix(Tensor gate, Tensor up, Tensor weights, Tensor slot_to_row)"
         " -> (Tensor, Tensor)");
     m.def(
@@ -89,7 +104,11 @@ STABLE_TORCH_LIBRARY(flexmore_native, m) {
     m.def(
         "grouped_gemm(Tensor[] left, Tensor[] right, Tensor[] base, Tensor(a!)[] out,"
         " int[] experts, int[] places, Tensor row_offsets, Tensor row_to_slot, Tensor? weights,"
-        " int top_k, int place, bool gated) -> ()");
+        " int top_k, int place, bool gated, Tensor(b!)? kept_gate, Tensor(c!)? kept_up) -> ()");
+    m.def(
+        "grouped_gemm_dweight(Tensor[] left, Tensor[] right, Tensor(a!)[] out, int[] experts,"
+        " int[] left_sorted, int[] right_sorted, Tensor row_offsets, int num_rows, int parts)"
+        " -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flexmore_native, CompositeExplicitAutograd, m) {

@@ -65,7 +65,7 @@ def _gated_mix_backward(dmixed, drows, *rest, **_) -> int:
     return 2 * _gated_mix(*rest)
 
 
-def _experts(x, indices, weights, tensors, layout, stacked, saves, **_) -> int:
+def _experts(x, indices, weights, tensors, layout, stacked, *_, **__) -> int:
     tokens, hidden = x
     width, top_k = tensors[0][0], indices[1]
     sides = unflatten(tensors, layout, stacked)
@@ -79,9 +79,7 @@ def _experts(x, indices, weights, tensors, layout, stacked, saves, **_) -> int:
     return tokens * (6 * hidden * width + _dearest(per_expert, top_k))
 
 
-def _experts_backward(
-    dy, x, indices, weights, gate, up, tensors, layout, stacked, needs, **_
-) -> int:
+def _experts_backward(dy, x, indices, weights, kept, tensors, layout, stacked, needs, **_) -> int:
     tokens, hidden = x
     width, top_k = tensors[0][0], indices[1]
     sides = unflatten(needs[2:], layout, stacked)

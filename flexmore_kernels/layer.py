@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .casting import autocast_dtype, cast
 from .checkpoint_config import shortest
 from .checks import FLOATS, SCORINGS, check_int, check_one_of, check_tensor, checks_values
 from .ops.routing import Routing
@@ -55,6 +56,8 @@ class FlexMoRE(Preparable):
         router, shared_expert: "linear" and False are what there is.
         router_dtype: dtype of the router's logits; None is x's dtype, as Hugging Face does.
         stacked_factors: keep the factors of all experts in six parameters; default: when E > 64.
+        recompute: between forward and backward keep x alone, not the base's products, 2 F numbers a
+            token, which the backward computes again, to the same bits; an attribute.
 
     `state_dict()` has the keys of the authors' checkpoints: `gate.weight` (E, D),
     `gate.expert_bias`, `experts.{e}.{gate,up,down}_proj.weight` where full-size,
@@ -84,6 +87,7 @@ class FlexMoRE(Preparable):
         shared_expert: bool = False,
         router_dtype: torch.dtype | None = None,
         stacked_factors: bool | None = None,
+        recompute: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -101,9 +105,10 @@ class FlexMoRE(Preparable):
         check_one_of("shared_expert", shared_expert, (False,))
         check_one_of("router_dtype", router_dtype, (None, *FLOATS))
         check_one_of("stacked_factors", stacked_factors, (None, False, True))
+        check_one_of("recompute", recompute, (False, True))
         check_one_of("dtype", dtype, (None, *FLOATS))
         self.norm_topk_prob, self.scoring = norm_topk_prob, scoring
-        self.router_dtype = router_dtype
+        self.router_dtype, self.recompute = router_dtype, recompute
         if stacked_factors is None:
             stacked_factors = self.num_experts > STACK_ABOVE
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -168,15 +173,15 @@ class FlexMoRE(Preparable):
         gets zeros.
         """
         weights = self._expert_weights(x)
-        autocast = _autocast_dtype(x)
+        autocast = autocast_dtype(x)
         base = getattr(self.experts, "0").gate_proj.weight
         dtype = autocast or base.dtype
         self._check(x, expert_mask, weights, base.device, dtype if autocast is None else None)
         leading = x.shape[:-1]
         if expert_mask is not None and expert_mask.dim() > 1:
             expert_mask = expert_mask.reshape(-1, self.num_experts)
-        x_TD = _cast(x.reshape(-1, self.hidden_size), dtype)
-        gate, up, down = (_cast(weight, dtype) for weight in weights)
+        x_TD = cast(x.reshape(-1, self.hidden_size), dtype)
+        gate, up, down = (cast(weight, dtype) for weight in weights)
         if autocast is None:
             y_TD, routing = self._route_and_mix(x_TD, expert_mask, gate, up, down)
         else:
@@ -191,16 +196,17 @@ class FlexMoRE(Preparable):
     def _route_and_mix(self, x_TD, expert_mask, gate, up, down) -> tuple[Tensor, Routing]:
         dtype = self.router_dtype or x_TD.dtype
         routing = ops.topk_route(
-            _cast(x_TD, dtype),
-            _cast(self.gate.weight, dtype),
+            cast(x_TD, dtype),
+            cast(self.gate.weight, dtype),
             top_k=self.top_k,
             bias=self.gate.expert_bias,
             mask=expert_mask,
             norm_topk_prob=self.norm_topk_prob,
             scoring=self.scoring,
         )
-        p_TK = _cast(routing.weights, torch.promote_types(x_TD.dtype, torch.float32))
-        return ops.experts(x_TD, routing.indices, p_TK, gate, up, down), routing
+        p_TK = cast(routing.weights, torch.promote_types(x_TD.dtype, torch.float32))
+        given = (x_TD, routing.indices, p_TK, gate, up, down)
+        return ops.experts(*given, recompute=self.recompute), routing
 
     def _check(self, x, expert_mask, weights, device, dtype) -> None:
         """`dtype` is what base and x must have; None lets every floating dtype pass (autocast)."""
@@ -266,26 +272,3 @@ class FlexMoRE(Preparable):
             f"expert_ranks=({ranks}{more}), top_k={self.top_k}, "
             f"norm_topk_prob={self.norm_topk_prob}, scoring={self.scoring!r}"
         )
-
-
-def _autocast_dtype(x: object) -> torch.dtype | None:
-    """The dtype that autocast asks for on x's device, None when it is off."""
-    kind = x.device.type if isinstance(x, Tensor) else ""
-    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """A tensor, or the tensors of a projection, in `dtype`; what has it already is passed on."""
-    if isinstance(value, Tensor):
-        return value if value.dtype == dtype else value.to(dtype)
-    if isinstance(value, StackedFactors):
-        full = _cast(tuple(value.full), dtype)
-        return StackedFactors(full, _cast(value.a, dtype), _cast(value.b, dtype), value.ranks)
-    if isinstance(value, (list, tuple)):
-        for part in value:
-            for tensor in part if isinstance(part, tuple) else (part,):
-                if tensor is not None and getattr(tensor, "dtype", None) != dtype:
-                    return type(value)(_cast(part, dtype) for part in value)
-    return value

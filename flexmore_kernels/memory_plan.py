@@ -13,7 +13,9 @@ of k and v; E experts, K a token, H heads, V the vocabulary.
     saved         for the backward, a token and layer; n(W) = a W + a is a norm's, + a W if trained
       attention   n(W_q) + n(W_kv) + n(D) + w (2 W_q + 2 W_kv) + 4 H, and if trained + w D;
                   nothing in the first layer where what comes before it is not trained
-      mixture     w (D + 2 F) + 12 K + w E + n(D): x, G, U, weights and indices, router's logits
+      mixture     w D + 12 K + w E + n(D): x, weights and indices, router's logits; and what
+                  kept.py lists, G and U first; with `recompute` little of it, and a layer's
+                  backward has the rest at its own time
       head        n(D), and if trained + w D; once for all RoPE's table, a S d
     loss          F.cross_entropy(logits.float(), ids): T V (w + 3 * 4), in float32 and after one
                   another its log-softmax, that one's gradient and the logits' gradient
@@ -37,7 +39,7 @@ import torch
 from .checkpoint_layout import tensor_shapes
 from .checks import FLOATS, check_int, check_one_of
 from .kv_cache import COLUMNS_MULTIPLE
-from .memory_workspace import LayerSizes, backward_bytes, forward_bytes
+from .memory_workspace import LayerSizes, backward_bytes, forward_bytes, kept_bytes
 from .model_config import FlexMoREConfig
 
 TRAINED = (None, "factors", "all")
@@ -49,7 +51,8 @@ class Use(NamedTuple):
     """How the model is used: B requests of S tokens and `new` more; what is trained.
 
     train: None, "factors" (low-rank factors and routers) or "all". all_logits: of every token, as
-    training needs, else of the last. hopper: an H100 with the compiled library.
+    training needs, else of the last. hopper: an H100 with the compiled library. recompute: of
+    training, each layer's switch of that name is on.
     """
 
     tokens: int
@@ -59,6 +62,7 @@ class Use(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
     all_logits: bool = False
     hopper: bool = False
+    recompute: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,7 @@ def plan_memory(config: FlexMoREConfig, use: Use) -> MemoryPlan:
     check_int("new_tokens", use.new_tokens, 0)
     check_one_of("train", use.train, TRAINED)
     check_one_of("dtype", use.dtype, FLOATS)
+    check_one_of("recompute", use.recompute, (False, True) if use.train else (False,))
     return _Plan(config, use).result()
 
 
@@ -177,10 +182,10 @@ class _Plan:
         }
         backward: dict[LayerSizes, int] = {}
         grads, held = self.trained[-1] * w, sum(saved)
-        everything = self.use.train == "all"
+        everything, how = self.use.train == "all", (self.use.recompute, self.use.hopper)
         for i, layer in reversed(list(enumerate(self.layers))):
             if layer not in backward:
-                backward[layer] = backward_bytes(layer, T, everything)
+                backward[layer] = backward_bytes(layer, T, everything, *how)
             grads += self.trained[i] * w
             stages[f"backward of layer {i}"] = (
                 held - self._norm(D) * T + 2 * T * D * w + logits + backward[layer] + grads
@@ -208,12 +213,12 @@ class _Plan:
         config, w, D = self.config, self.w, self.D
         everything, layer = self.use.train == "all", self.layers[index]
         mixture = w * (D + config.num_experts) + 12 * layer.top_k + self._norm(D)
-        mixture += 2 * w * layer.width if layer.shares_hidden else 0
+        kept = kept_bytes(layer, self.T, everything, self.use.recompute)
         if index == 0 and not everything:
-            return self.T * mixture
+            return self.T * mixture + kept
         attention = self._norm(self.W_q) + self._norm(self.W_kv) + self._norm(D)
         attention += w * 2 * (self.W_q + self.W_kv) + 4 * config.num_attention_heads
-        return self.T * (mixture + attention + (w * D if everything else 0))
+        return self.T * (mixture + attention + (w * D if everything else 0)) + kept
 
 
 def largest(fits: Callable[[int], bool], limit: int = 1 << 22) -> int:
@@ -241,6 +246,8 @@ def advice(config: FlexMoREConfig, use: Use, available: int) -> list[str]:
         found.append(f"--tokens {tokens}")
     if use.batch > 1 and (batch := largest(lambda n: fits(batch=n), use.batch)):
         found.append(f"--batch {batch}")
+    if use.train and not use.recompute and fits(recompute=True):
+        found.append("--recompute: layers keep x alone, and compute its products again")
     if use.train == "all":
         tokens = largest(lambda n: fits(tokens=n, train="factors"), use.tokens)
         fewer = f" --tokens {tokens}" if tokens < use.tokens else ""

@@ -3,7 +3,7 @@
 T tokens, N = T K routed rows, w bytes a number, a = max(4, w) bytes where sums are kept; R_P the
 sum of the ranks of projection P, each rounded up to 16, of the experts that are fused, r of those
 that have rows of their own. What the kernels allocate (_triton/experts.py, own_rows.py,
-experts_backward.py), which way by `schedule.choose`:
+token_backward.py, experts_backward.py), which way by `schedule.choose`:
 
     forward, all      G, U: 2 T F w;  packed factors (D + F) (R_g + R_u + R_d) w;  y: T D w
       token-major     mixed T F w, s T (R_g + R_u + R_d) w;
@@ -13,8 +13,16 @@ experts_backward.py), which way by `schedule.choose`:
                       mixed T F w, s, W_d mixed T D a
       expert-major    mixed T F w, h N F w, z and the deltas N D w; with full-size experts gate and
                       up by rows too, 2 N F w
-    backward          gate, up, h, and the gradients of all three, by rows: 6 N F w;  of G and U
-                      2 T F w;  of x T D (w + a), and by rows N D w where an expert has a delta
+    backward, few       dmixed, of G and U: 3 T F w;  s, q and ds: T (2 R_g + 2 R_u + R_d) w;  of x
+                      2 T D w;  packed factors twice, with their gradients;  what of the forward was
+                      not saved (kept.py)
+      without Hopper  rows of gate's, up's gradient and of h: 3 N F w
+      own rows        h and the gradients of gate and up by rows: 3 N F w, and with gate and up
+                      themselves, where they were not saved, 5 N F w;  x and dy by rows 2 N D w, of
+                      full-size experts dx too N D w;  z, q and ds of their ranks: T 5 r w
+    backward, many      gate, up, h, and the gradients of all three, by rows: 6 N F w;  of G and U
+                      2 T F w;  of x T D (w + a), and by rows N D w where an expert has a delta;
+                      G and U, 2 T F w, where they were not saved
 """
 
 from __future__ import annotations
@@ -24,9 +32,10 @@ from typing import NamedTuple
 
 import torch
 
-from . import schedule
+from . import kept, schedule
 from .checkpoint_config import as_triple
 from .projection import FULL, padded_rank, shared_of
+from .ragged import MAX_SET_EXPERTS
 
 
 class LayerSizes(NamedTuple):
@@ -97,18 +106,49 @@ def forward_bytes(layer: LayerSizes, tokens: int, hopper: bool = False) -> int:
     return bases + packed + mixed + rows + full + N * D * w + base_y + y
 
 
-def backward_bytes(layer: LayerSizes, tokens: int, trains_base: bool) -> int:
+def kept_bytes(
+    layer: LayerSizes, tokens: int, trains_base: bool, recompute: bool = False, gpu: bool = True
+) -> int:
+    """What a forward keeps beside x and the routing, all factors being trained; see kept.py.
+
+    gpu: on a CPU it is G and U alone.
+    """
+    flags = kept.possible(kept.flags(layer.layouts, True, trains_base, recompute), gpu)
+    layout = [kind for side in layer.layouts for kind in side]
+    sizes = kept.shapes(flags, tokens, layer.top_k, layer.width, layout)
+    return sum(rows * columns for rows, columns in sizes) * layer.dtype.itemsize
+
+
+def backward_bytes(
+    layer: LayerSizes, tokens: int, trains_base: bool, recompute: bool = False, hopper: bool = False
+) -> int:
     """The most that a backward of this layer allocates at a time, beyond dy and what was saved.
 
     trains_base: whether the full-size weights get gradients (those themselves not counted).
+    recompute: only x was saved. hopper: as in `forward_bytes`.
     """
     (w, a), layouts = layer.bytes, layer.layouts
     T, D, F = tokens, layer.hidden, layer.width
     N = T * layer.top_k
-    low_rank = any(r > 0 for layout in layouts for r in layout)
-    extra_full = any(FULL in layout[1:] for layout in layouts)
-    packed = (D + F) * sum(padded_rank(max(r, 0)) for layout in layouts for r in layout) * w
-    recomputed = 0 if layer.shares_hidden else 2 * T * F * w
+    kinds = [kind for layout in layouts for kind in layout[1:]]
+    padded = [padded_rank(max(kind, 0)) for layout in layouts for kind in layout]
+    E, packed = len(layouts[0]), (D + F) * sum(padded) * w
+    again = kept_bytes(layer, T, trains_base) - kept_bytes(layer, T, trains_base, recompute)
+    how = schedule.choose(layouts, T, hidden=D, width=F, dtype=layer.dtype, decode=False)
+    low_rank, extra_full = any(kind > 0 for kind in kinds), FULL in kinds
+    small = not extra_full and max(kinds, default=0) <= schedule.FUSED_RANK
+    if 1 < E <= MAX_SET_EXPERTS and (small or how.own):
+        shared = shared_of(layouts)
+        by_token = (2 * shared.hidden + shared.down) * T * F * w
+        columns = T * (2 * sum(padded[: 2 * E]) + sum(padded[2 * E :])) * w
+        rows = 0 if hopper or 0 in how.own or not low_rank else 3 * N * F * w
+        if how.own:
+            inputs = (
+                0 if FULL in (*layouts[0][1:], *layouts[1][1:]) else 2
+            )  # else saved, or `again`
+            rows = max(rows, (3 + inputs) * N * F * w + (2 + extra_full) * N * D * w)
+        return by_token + columns + rows + 2 * T * D * w + 2 * packed + again
     own_rows = N * D * w * (int(low_rank) + int(extra_full))
     mixed = T * F * w if trains_base else 0
-    return 6 * N * F * w + 2 * T * F * w + T * D * (w + a) + packed + recomputed + own_rows + mixed
+    dx = T * D * (w + a)
+    return 6 * N * F * w + 2 * T * F * w + dx + packed + again + own_rows + mixed

@@ -168,7 +168,9 @@ class Term(NamedTuple):
     """left right^T + base for the rows of an expert; each part may be missing."""
 
     left: Tensor | None = None  # (rows, depth)
-    right: Tensor | None = None  # (width, depth); what it lacks of left's depth or out's width: 0
+    # (width, depth), or a sum's the transposed view of (depth, width), which is read as it lies;
+    # what it lacks of left's depth or out's width is 0
+    right: Tensor | None = None
     base: Tensor | None = None  # (T, width), added by token
     place: int = SORTED  # of left's rows, not TOKEN
 
@@ -180,3 +182,14 @@ class RowProducts(NamedTuple):
     out: Tensor
     first: Term
     second: Term = Term()
+
+
+class RowGrads(NamedTuple):
+    """out = left^T right, summed over the rows of one expert (-1: over all rows)."""
+
+    expert: int
+    out: Tensor  # (M, N), its rows may be apart
+    left: Tensor  # (rows, M)
+    right: Tensor  # (rows, N)
+    left_place: int = SORTED  # of left's rows, not TOKEN
+    right_place: int = SORTED

@@ -29,6 +29,7 @@ SHAPES = {
     "flexolmo_large": _flexolmo("large ranks: the deltas weigh most", 64, 64, 256, 512, 2048, 16),
     "flexolmo_full": _flexolmo("all experts full-size: nothing is shared", *[0] * 6),
     "flexolmo_k2_of_2": _flexolmo("a base and one expert, both always on: a LoRA", 64, top_k=2),
+    "flexolmo_full_k2": _flexolmo("the same, full-size: FlexOlmo's own training", 0, top_k=2),
     "flexolmo_k4": _flexolmo("4 of 7: a fifth fewer rows than 5 of 7", *[64] * 6, top_k=4),
     "flexolmo_k7": _flexolmo("7 of 7: no routing, every expert on every token", *[64] * 6, top_k=7),
     "experts_64": Shape("as many as get a parameter each", 2048, 5504, (0, *[16] * 63), 8, 16384),

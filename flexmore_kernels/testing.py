@@ -6,7 +6,7 @@ Imports nothing of the package but the rule, so that all of it can be tested wit
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +24,8 @@ from .accuracy import (
 __all__ = [
     "CASES", "CASE_IDS", "FLOAT64_SLACK", "Accuracy", "Case", "accuracy", "assert_accurate",
     "assert_accurate_draws", "assert_same", "leaves", "make_experts", "make_pair",
-    "make_projection", "make_routing", "make_weight", "make_x", "projection_ranks", "tensors",
-    "to_float64", "tree_map",
+    "make_projection", "make_routing", "make_weight", "make_x", "projection_ranks", "saved_bytes",
+    "tensors", "to_float64", "tree_map",
 ]  # fmt: skip
 
 Entry = int | str
@@ -192,3 +192,22 @@ def leaves(tree: Any, dtype: torch.dtype | None = None) -> Any:
 def to_float64(tree: Any) -> Any:
     """The floating tensors in float64 (the same numbers, exactly), detached; others as they are."""
     return tree_map(lambda t: t.detach().double() if t.is_floating_point() else t, tree)
+
+
+def saved_bytes(forward: Callable[[], Any], parameters: Iterable[Tensor]) -> int:
+    """Bytes of the storages that autograd keeps for `forward`'s backward, each once.
+
+    Those of `parameters` are left out: they are there anyway.
+    """
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    held = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    del result
+    return sum(size for place, size in storages.items() if place not in held)

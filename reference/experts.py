@@ -75,11 +75,13 @@ def experts(
     down: Weights,
     *,
     counts: Tensor | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """(T, D) -> (T, D) with indices, weights (T, K); ids outside [0, E) are skipped.
 
     With `counts` (E,) the rows of x (N, D) are sorted by expert already: indices is None, weights
     None or (N,), and the result is one row per row, (N, D); rows past the sum of the counts give 0.
+    `recompute` is about the kernels' memory, and changes no number.
     """
     gate, up, down = _entries(gate), _entries(up), _entries(down)
 

@@ -82,6 +82,7 @@ class FlexMoRE(nn.Module):
         shared_expert: bool = False,
         router_dtype: torch.dtype | None = None,
         stacked_factors: bool | None = None,
+        recompute: bool = False,
         device=None,
         dtype: torch.dtype | None = None,
     ) -> None:

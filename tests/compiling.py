@@ -48,6 +48,7 @@ CALLS = {
     "bf16, odd sizes": Call(Setup((0, 1, 3, 17, 64), 1024, BF16, hidden=509, intermediate=251)),
     "bf16, decode": Call(Setup(EQUAL, 1, BF16)),
     "bf16, large ranks": Call(Setup((0, 512, 300, 16), 4096, BF16), ("lowrank", "experts")),
+    "bf16, large aligned ranks": Call(Setup((0, 512, 256, 16), 4096, BF16), ("lowrank",)),
     "bf16, 64-bit sizes": Call(Setup(EQUAL, 256, BF16), ("lowrank",), wide=True),
     "bf16, 40 experts": Call(Setup((0, *[16] * 39), 16384, BF16), ("routing",)),
     "bf16, 512 experts": Call(

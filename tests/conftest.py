@@ -144,3 +144,12 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in pkgutil.iter_modules(_native.__path__):
         wrapper = importlib.import_module(f"{_native.__name__}.{module.name}")
         monkeypatch.setattr(wrapper, "_ops", _PoisonedLibrary())
+
+
+@pytest.fixture
+def hopper(device: str):
+    """The compiled library's token-major kernels, where there is a GPU for them."""
+    module = backend.hopper("token_major", torch.empty(0, device=device, dtype=torch.bfloat16))
+    if module is None:
+        pytest.skip("needs a Hopper GPU and the compiled library")
+    return module

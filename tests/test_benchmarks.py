@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import bench, bench_experts, figure, printed, records, run, tables
+from benchmarks import bench, bench_experts, figure, printed, records, run, tables, training
 from benchmarks.aims import AIMS
 from benchmarks.candidates import CANDIDATES
 from benchmarks.problem import Problem
@@ -73,7 +73,7 @@ def test_backward_of_candidates():
         "dense FFN",
         "torch grouped_mm",
     ]
-    (record,) = layer_records(names, passes=bench_experts.PASSES[1:])
+    (record,) = layer_records(names, passes=[training.STEP])
     assert record["pass"] == "forward + backward"
     assert all("ms" in found for found in record["results"].values())
 
@@ -96,7 +96,7 @@ def test_merged_matrices_are_the_experts():
 def test_stacked_layers_are_the_same_problem():
     shape = Shape("stacked", 32, 48, (0, *[4] * 69), 3, 10)
     p = Problem(shape, 10, "cpu", torch.float32)
-    truth, same = p.truth["experts"]
+    truth, same = p.truth("experts")
     assert_accurate(CANDIDATES["ours, experts"].make(p)(), truth, same)
     assert_accurate(CANDIDATES["torch grouped_mm"].make(p)(), truth, same)
 
@@ -104,11 +104,19 @@ def test_stacked_layers_are_the_same_problem():
 def test_operations_are_counted():
     p = Problem(Shape("", 8, 12, (0, 2, 0), 3, 5), 5, "cpu", torch.float32)
     one, rank = 6 * 5 * 8 * 12, 6 * 5 * 2 * (8 + 12)
-    assert p.work(False)[1] == 2 * one + rank
-    assert p.work(True)[1] == 4 * one + 3 * rank
+    assert p.work()[1] == 2 * one + rank
+    assert p.work(training.STEP)[1] == 4 * one + 3 * rank
+    assert p.work(training.ONE)[1] == 4 * one + 3 * rank
+    assert p.work(training.ALL)[1] == 6 * one + 3 * rank
+    assert p.work(training.RECOMPUTE)[1] == 4 * one + 3 * rank + 2 * one // 3
     weights = 2 * 3 * 8 * 12 + 3 * 2 * (8 + 12)
-    assert p.work(False)[0] == 4 * (weights + 2 * 5 * 8)
-    assert p.work(False, dense=True) == (4 * (3 * 8 * 12 + 2 * 5 * 8), one)
+    assert p.work()[0] == 4 * (weights + 2 * 5 * 8)
+    pair, x = 3 * 2 * (8 + 12), 5 * 8
+    assert p.work(training.STEP)[0] == 4 * (2 * weights + pair + 5 * x)
+    assert p.work(training.ALL)[0] == 4 * (3 * weights + 5 * x)
+    assert p.work(what="dense") == (4 * (3 * 8 * 12 + 2 * x), one)
+    assert p.work(training.ALL, "dense")[1] == 3 * one
+    assert p.work(training.ONE, "adapter")[1] == 2 * one + 3 * rank
 
 
 @pytest.mark.parametrize("stem", run.STEMS)
@@ -251,7 +259,7 @@ def test_what_readme_shows_is_always_taken():
     shown = {*figure.SERIES, *tables.COLUMNS, figure.FLOORS[0]}
     assert shown == set(run.SHOWN)
     for group in run.quick() + run.everything():
-        if group.shape == run.SWEPT and group.names and not group.backward:
+        if group.shape == run.SWEPT and group.names and group.which == training.FORWARD:
             assert group.tokens not in SWEEP or shown <= set(group.names), str(group)
 
 

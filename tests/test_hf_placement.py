@@ -19,12 +19,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from flexmore_kernels import testing
 from flexmore_kernels.checkpoint import save_checkpoint
 from tests.hf_models import RAGGED, make, make_stock, plain, some_ids
+from tests.processes import in_two_processes
 
 transformers = pytest.importorskip("transformers", minversion="5.17")
 hf = pytest.importorskip("flexmore_kernels.hf")
@@ -149,20 +149,11 @@ def test_a_layer_on_another_gpu_than_the_current_one(tokens, dtype):
         testing.assert_same(other.cpu(), one.cpu())
 
 
-def joined(rank: int, work: Callable, port: int, directory: str) -> None:
-    """One of two processes: do the work, with the environment that torchrun gives."""
-    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(v) for name, v in own.items()}}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        work(rank, directory, torch.load(f"{directory}/data.pt"))
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+def loaded(rank: int, work: Callable, directory: str) -> None:
+    work(rank, directory, torch.load(f"{directory}/data.pt"))
 
 
-def in_two_processes(work: Callable, model, directory: Path) -> None:
+def in_two(work: Callable, model, directory: Path) -> None:
     """Save a model, what it and, in float64, the reference give for two requests; then work."""
     model.save_pretrained(directory)
     ids = some_ids()
@@ -176,10 +167,7 @@ def in_two_processes(work: Callable, model, directory: Path) -> None:
         data[name] = {n: parameter.grad for n, parameter in twin.named_parameters()}
         data[name]["logits"] = logits.detach()
     torch.save(data, directory / "data.pt")
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True)  # finds a free port
-    port = store.port
-    del store
-    mp.start_processes(joined, (work, port, str(directory)), nprocs=2, start_method="spawn")
+    in_two_processes(loaded, work, str(directory))
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -211,7 +199,7 @@ def sharded(rank: int, directory: str, data: dict) -> None:
 
 @pytest.mark.slow
 def test_two_processes_of_fsdp2_are_one(tmp_path):
-    in_two_processes(sharded, make(RAGGED), tmp_path)
+    in_two(sharded, make(RAGGED), tmp_path)
 
 
 def cut(rank: int, directory: str, data: dict) -> None:
@@ -240,7 +228,7 @@ def parallel(*names: str) -> dict:
 @pytest.mark.slow
 def test_two_processes_of_tensor_parallel_attention_are_one(tmp_path):
     pytest.importorskip("accelerate")
-    in_two_processes(cut, make(RAGGED), tmp_path)
+    in_two(cut, make(RAGGED), tmp_path)
 
 
 def dispatched(rank: int, directory: str, data: dict) -> None:
@@ -257,7 +245,7 @@ def dispatched(rank: int, directory: str, data: dict) -> None:
 def test_two_processes_of_stock_expert_parallelism_are_one(tmp_path):
     """Each has two of four experts, and ids of the others' reach our function as sentinels."""
     pytest.importorskip("accelerate")
-    in_two_processes(dispatched, make_stock(), tmp_path)
+    in_two(dispatched, make_stock(), tmp_path)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ import flexmore_kernels as fk
 from flexmore_kernels import checkpoint, memory_plan
 from flexmore_kernels.commands import plan as command
 from flexmore_kernels.memory_plan import Use, plan_memory
-from flexmore_kernels.memory_workspace import LayerSizes, backward_bytes, forward_bytes
+from flexmore_kernels.memory_workspace import LayerSizes, kept_bytes
 
 RANKS = [0, 4, 8, (0, 2, "full")]
 SIZES = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
@@ -34,6 +34,20 @@ def make(dtype, train, **change):
         factor = "_proj_a." in name or "_proj_b." in name or ".mlp.gate." in name
         parameter.requires_grad_(train == "all" or factor)
     return model, torch.randint(1000, (BATCH, TOKENS))
+
+
+def recomputes(model, switch):
+    for module in model.modules():
+        if isinstance(module, fk.FlexMoRE):
+            module.recompute = switch
+
+
+def kept_on_a_gpu_alone(use):
+    """Of the model of `make`, whose forward on a CPU keeps no more than x, G and U."""
+    sizes = [SIZES[name] for name in ("hidden_size", "intermediate_size")]
+    layer = LayerSizes(*sizes, tuple(RANKS), SIZES["num_experts_per_tok"], use.dtype)
+    given = (layer, use.tokens * use.batch, use.train == "all", use.recompute)
+    return SIZES["num_hidden_layers"] * (kept_bytes(*given) - kept_bytes(*given, gpu=False))
 
 
 class Live(TorchDispatchMode):
@@ -70,8 +84,10 @@ class Live(TorchDispatchMode):
 @pytest.mark.parametrize("groups", [4, 2], ids=["heads", "grouped"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("train", ["factors", "all"])
-def test_saved_bytes_are_exact(train, dtype, groups):
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_saved_bytes_are_exact(recompute, train, dtype, groups):
     model, ids = make(dtype, train, num_key_value_heads=groups)
+    recomputes(model, recompute)
     own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), ids)}
     saved = {}
 
@@ -87,15 +103,17 @@ def test_saved_bytes_are_exact(train, dtype, groups):
     if train == "all":
         # On a CPU attention's result lies by heads, and the output projection saves a copy of it.
         found -= 3 * BATCH * TOKENS * 64 * dtype.itemsize
-    planned = plan_memory(model.config, Use(TOKENS, BATCH, train=train, dtype=dtype))
-    assert planned.saved == found
+    use = Use(TOKENS, BATCH, train=train, dtype=dtype, recompute=recompute)
+    assert plan_memory(model.config, use).saved - kept_on_a_gpu_alone(use) == found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("train", ["factors", "all"])
-def test_peak_of_a_step(train, dtype):
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_peak_of_a_step(recompute, train, dtype):
     """The loss over a vocabulary much larger than D, as of any such model; to three scalars."""
     model, ids = make(dtype, train)
+    recomputes(model, recompute)
     ids = ids.repeat(1, 4)
     with Live() as live:
         logits = model(ids)
@@ -103,9 +121,11 @@ def test_peak_of_a_step(train, dtype):
     found = live.peak
     if train == "all":
         found -= 3 * ids.numel() * 64 * dtype.itemsize  # as above
-    planned = plan_memory(model.config, Use(ids.shape[1], BATCH, train=train, dtype=dtype))
+    use = Use(ids.shape[1], BATCH, train=train, dtype=dtype, recompute=recompute)
+    planned = plan_memory(model.config, use)
     assert planned.stage == "loss"
-    assert planned.stages["loss"] <= found <= planned.stages["loss"] + 16
+    loss = planned.stages["loss"] - kept_on_a_gpu_alone(use)
+    assert loss <= found <= loss + 16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -144,18 +164,19 @@ def test_kv_cache_is_the_cache_s():
     assert plan_memory(config, Use(TOKENS, BATCH, new_tokens=5)).kv_cache == nbytes
 
 
-def test_workspace_is_at_least_its_products():
-    """G, U and the hidden sum of a fused layer; rows of every token's experts in a backward."""
-    layer = LayerSizes(4096, 11008, (0, *[64] * 6), 5, torch.bfloat16)
-    row = 11008 * 2
-    hopper, plain = (forward_bytes(layer, 4096, hopper) for hopper in (True, False))
-    assert 3 * 4096 * row < hopper < 4 * 4096 * row
-    assert plain - hopper == 4096 * (5 * row + 4096 * 4)
-    full = LayerSizes(4096, 11008, (0,) * 7, 5, torch.bfloat16)
-    assert not full.shares_hidden
-    assert 5 * 4096 * row < forward_bytes(full, 4096) < 8 * 4096 * row
-    assert 30 * 4096 * row < backward_bytes(layer, 4096, False) < 36 * 4096 * row
-    assert forward_bytes(layer, 8192) < 2.1 * plain
+def test_recomputing_keeps_no_products():
+    """Of all layers G and U are gone, and come back in one at a time."""
+    use = Use(4096, 4, train="factors", all_logits=True)
+    kept, again = (plan_memory(FLEXOLMO, use._replace(recompute=r)) for r in (False, True))
+    products, layers = 4 * 4096 * (2 * 11008 + 2 * 6 * 64) * 2, FLEXOLMO.num_hidden_layers
+    assert kept.saved - again.saved == layers * products
+    last = f"backward of layer {layers - 1}"
+    assert kept.stages[last] - again.stages[last] == (layers - 1) * products
+    assert again.stages["backward of layer 0"] == kept.stages["backward of layer 0"]
+    on = use._replace(recompute=True)
+    for one, room, advised in ((use, again.peak, 1), (use, again.peak - 1, 0), (on, again.peak, 0)):
+        found = memory_plan.advice(FLEXOLMO, one, room)
+        assert sum(line.startswith("--recompute") for line in found) == advised
 
 
 def test_advice_fits():
@@ -195,6 +216,12 @@ def test_command(tmp_path, capsys):
     assert call(path, *options) == 1
     found = json.loads(capsys.readouterr().out)
     assert not found["fits"] and found["use"]["train"] == "factors" and found["advice"]
+    low_rank = tmp_path / "low_rank.json"
+    low_rank.write_text(json.dumps(FLEXOLMO.to_dict()))
+    call(low_rank, "--tokens", 4096, "--train", "--recompute")
+    assert ", training factors, recomputing" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="^recompute: got True"):
+        call(path, "--tokens", 8, "--recompute")
     assert call(path, "--tokens", 4096, "--gpu", "80GB", "--train", "all") == 1
     assert "does not fit 80.00 GB" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match="nowhere"):
@@ -210,40 +237,6 @@ def test_command(tmp_path, capsys):
 def test_bad_use(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         plan_memory(FLEXOLMO, Use(**{"tokens": 8} | change))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("train", [None, "factors"])
-@pytest.mark.parametrize("ranks", [(64,) * 6, (1, 4, 8, 64, 256, 2048), (0, 64, 0)], ids=str)
-def test_peak_on_a_gpu(ranks, train):
-    """Four layers of FlexOlmo's width: the plan is within 5 % of what was allocated."""
-    config = fk.FlexMoREConfig(num_hidden_layers=4, expert_ranks=[0, *ranks],
-                               num_experts_per_tok=min(5, 1 + len(ranks)))  # fmt: skip
-    model = fk.FlexMoREForCausalLM(config, device="cuda", dtype=torch.bfloat16)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("_proj_a." in name or "_proj_b." in name or ".mlp.gate." in name)
-    hopper = torch.cuda.get_device_capability()[0] == 9 and bool(
-        fk.backend.hopper("token_major", model.lm_head.weight)
-    )
-    use = Use(2048, 2, train=train, hopper=hopper)
-    ids = torch.randint(config.vocab_size, (use.batch, use.tokens), device="cuda")
-    for _ in range(2):  # the second time libraries have their workspaces
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        if train:
-            logits = model(ids)
-            F.cross_entropy(logits.float().flatten(0, 1), ids.flatten()).backward()
-            model.zero_grad()
-        else:
-            with torch.no_grad():
-                cache = fk.kv_cache.StaticCache(config, use.batch, use.tokens, device="cuda",
-                                                dtype=torch.bfloat16)  # fmt: skip
-                logits = model(ids, cache=cache, logits_to_keep=1)
-        del logits
-    planned = plan_memory(config, use)
-    expected = planned.peak - planned.optimizer  # no step was made
-    assert torch.cuda.max_memory_allocated() == pytest.approx(expected, rel=0.05)
 
 
 def test_what_is_advised_was_tested():

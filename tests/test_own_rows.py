@@ -81,6 +81,22 @@ def test_gradients_in_double(ranks, device, kernels, small_limits):
         assert_accurate(a, torch.zeros_like(a) if b is None else b, name=f"gradient {index}")
 
 
+def test_what_else_is_trained_changes_no_gradient(device, kernels, small_limits):
+    inputs = testing.leaves(make(case_of(RANKS["mixed"], "random"), device, torch.float32))
+    x, _, weights, *sides = inputs
+    dy = torch.randn_like(x)
+    of_all = [t for t in testing.tensors(sides) if t.requires_grad]
+    grads = torch.autograd.grad(ops.experts(*inputs), [x, weights, *of_all], dy)
+    expected = dict(zip(map(id, [x, weights, *of_all]), grads, strict=True))
+    for e in (1, 4, 5):
+        own = testing.tensors([side[e] for side in sides])
+        for tensor in of_all:
+            tensor.requires_grad_(any(tensor is one for one in own))
+        grads = torch.autograd.grad(ops.experts(*inputs), own, dy)
+        for tensor, grad in zip(own, grads, strict=True):
+            assert_same(grad, expected[id(tensor)])
+
+
 def test_few_tokens_and_a_down_matrix_alone(device, kernels):
     inputs = testing.leaves(
         make(case_of((0, (0, 0, FULL), (0, 0, 4)), "random"), device, torch.float64)
@@ -145,8 +161,59 @@ def test_sum_rows(place, dtype, device, kernels):
         assert ((whole == 7) == (truth == 7)).all()  # nothing else was written
 
 
+def transposed(t: torch.Tensor) -> torch.Tensor:
+    """The same matrix, lying transposed, beside other numbers."""
+    return torch.cat((t.T, torch.full_like(t.T[:, :8], 7)), 1)[:, : t.shape[0]].T
+
+
+@pytest.mark.parametrize("tokens, width", ((150, 264), (1400, 1640)), ids=("few", "many"))
 @pytest.mark.parametrize("dtype", RAW, ids=str)
-def test_gated_rows(dtype, device, kernels):
+def test_sums_of_the_backward(tokens, width, dtype, device, kernels):
+    """Right operands that lie transposed and bases, with each other and without; the last item is
+    of all tokens' rows."""
+    skip_interpreted(kernels, device, dtype)
+    if tokens > 1000 and device == "cpu":
+        pytest.skip("several tiles a block: for a GPU")
+    plan, depth = some_plan(device, tokens, 5, 2), (328, 40)
+    kernel = products(torch.empty(1, device=device, dtype=dtype)).sum_rows
+    N, T = plan.num_rows, plan.num_tokens
+    left = [testing.make_x(N, depth[0], device, dtype), testing.make_x(T, depth[1], device, dtype)]
+    bases = [testing.make_x(T, width, device, dtype) for _ in range(2)]
+    every = torch.arange(T, device=device)
+    work, want, same = [], [], []
+    for e, rows, tokens_of, _ in (*segments(plan), (-1, slice(0, T), every, None)):
+        # Of a smaller depth than left's, and fewer columns than out's: the others are zero.
+        sizes = (
+            (width, depth[0]),
+            (width - (16 if e == 3 else 0), depth[1] - (3 if e == 3 else 0)),
+        )
+        right = [testing.make_weight(*size, device, dtype) for size in sizes]
+        lies = [transposed(w) if e != 1 or i else w for i, w in enumerate(right)]
+        base = [bases[i] if (e % 5 + 1) >> i & 1 else None for i in range(2)]
+        terms = (Term(left[0], lies[0], base[0]), Term(left[1], lies[1], base[1], SEGMENT))
+        out = torch.full((N, width + 8), 7.0, device=device, dtype=dtype)[: T if e < 0 else N]
+        work.append(RowProducts(e, out[:, :width], *(terms if e else terms[:1])))
+        for into, t in ((want, torch.float64), (same, dtype)):
+            value = left[0][rows].to(t) @ right[0].to(t).T
+            for i, term in enumerate(terms if e else terms[:1]):
+                if i:
+                    w = right[1].to(t)
+                    value[:, : len(w)] += left[1][: len(value), : w.shape[1]].to(t) @ w.T
+                if term.base is not None:
+                    value = value + term.base[tokens_of].to(t)
+            full = out.to(t)
+            full[rows, :width] = value
+            into.append(full)
+    kernel(work, plan)
+    for item, truth, plain in zip(work, want, same, strict=True):
+        whole = item.out.as_strided(truth.shape, (width + 8, 1))
+        assert_accurate(whole, truth, plain, f"expert {item.expert}")
+        assert ((whole == 7).all(1) == (truth == 7).all(1)).all() and (whole[:, width:] == 7).all()
+
+
+@pytest.mark.parametrize("keeps", (False, True), ids=("", "kept"))
+@pytest.mark.parametrize("dtype", RAW, ids=str)
+def test_gated_rows(dtype, keeps, device, kernels):
     skip_interpreted(kernels, device, dtype)
     kernel = products(torch.empty(1, device=device, dtype=dtype)).gated_rows
     plan, F, D, rank = some_plan(device, 150, 5, 2), 264, 72, 24
@@ -154,7 +221,8 @@ def test_gated_rows(dtype, device, kernels):
     x, z = testing.make_x(N, D, device, dtype), testing.make_x(T, rank, device, dtype)
     bases = [testing.make_x(T, F, device, dtype) for _ in range(2)]
     h = torch.full((N, F), 7.0, device=device, dtype=dtype)
-    truth, plain, work = h.double(), h.clone(), []
+    kept = (torch.full_like(h, 7), torch.full_like(h, 7)) if keeps else None
+    truth, plain, work = [h.double().clone() for _ in range(3)], [h.clone() for _ in range(3)], []
     for e, rows, tokens, _ in segments(plan):
         terms, sides = [], {torch.float64: [], dtype: []}
         for side, base in enumerate(bases):
@@ -173,12 +241,15 @@ def test_gated_rows(dtype, device, kernels):
         if e == 3:
             continue  # its rows stay as they are
         for into, t in ((truth, torch.float64), (plain, dtype)):
-            into[rows] = torch.nn.functional.silu(sides[t][0]) * sides[t][1]
+            gated = torch.nn.functional.silu(sides[t][0]) * sides[t][1]
+            for values, value in zip(into, (gated, *sides[t]), strict=True):
+                values[rows] = value
         work.append(RowProducts(e, h, *terms))
-    kernel(work, plan)
-    assert_accurate(h, truth, plain)
-    # By rows: a single number may be 7 by chance.
-    assert ((h == 7).all(1) == (truth == 7).all(1)).all() and (h[truth == 7] == 7).all()
+    kernel(work, plan, kept)
+    for ours, want, same in zip((h, *(kept or ())), truth, plain, strict=False):
+        assert_accurate(ours, want, same)
+        # By rows: a single number may be 7 by chance.
+        assert ((ours == 7).all(1) == (want == 7).all(1)).all()
 
 
 @pytest.mark.gpu

@@ -24,7 +24,10 @@ ALL = tuple(FAMILIES)
 
 # What a case is for, its size, its ops. Tokens are few but for the plan of more than one block.
 CASES = {
-    "token-major, sums in parts": (Setup((0, 16, 5, 3), 9, BF16, hidden=512, intermediate=48), ALL),
+    "token-major, sums in parts": (
+        Setup((0, 16, 5, 3), 9, BF16, hidden=512, intermediate=136),
+        ALL,
+    ),
     "full-size and odd": (
         Setup((0, "full", 7, (2, 0, "full")), 13, FP32, hidden=37, intermediate=53),
         ALL,
@@ -36,6 +39,10 @@ CASES = {
     "rows, more than 8 experts": (
         Setup((0, *[4] * 11), 70, FP16, hidden=48, intermediate=32),
         ALL,
+    ),
+    "gradients of rows in parts": (
+        Setup((0, 72, 80), 1300, BF16, hidden=64, intermediate=48),
+        ("experts",),
     ),
     "plan of several blocks": (
         Setup((0, 1, 1, 1), 3000, BF16, hidden=16),
@@ -76,12 +83,16 @@ def _plain_products():
     def addmm(base, a, b, *, beta=1, alpha=1):
         return (beta * base + alpha * mm(a, b)).to(base.dtype)
 
+    def addmm_into(base, a, b, out_dtype, *, beta=1, alpha=1, out):
+        return out.copy_(beta * base + alpha * mm(a, b, out_dtype))
+
+    given = {"mm": mm, "mm.dtype": mm, "addmm": addmm, "addmm.dtype_out": addmm_into}
     with (
         warnings.catch_warnings(),
         torch.library._scoped_library("aten", "IMPL") as library,
     ):
         warnings.simplefilter("ignore")  # a kernel of torch's is replaced
-        for name, function in (("mm", mm), ("mm.dtype", mm), ("addmm", addmm)):
+        for name, function in given.items():
             library.impl(name, function, "CUDA")
         yield
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import xml.etree.ElementTree as ElementTree
 
-from benchmarks import aims, figure, printed, records, tables
+from benchmarks import aims, figure, printed, records, tables, training
 from benchmarks.shapes import SHAPES
 
 WHERE = {"device": "Some GPU", "driver": "580", "commit": "abc1234"}
@@ -54,6 +54,8 @@ def test_readme_says_what_the_records_say():
     found = records.latest()
     assert tables.between(tables.README) == tables.block(found).strip()
     assert tables.between(tables.KERNELS) == aims.table(found)
+    trained = aims.table(found, aims.TRAINING)
+    assert tables.between(tables.KERNELS, tables.TRAINING) == trained
     assert tables.PAGE.read_text() == tables.page(found)
     swept = figure.sweep(found)
     assert tables.FIGURE.exists() == bool(swept)
@@ -73,6 +75,47 @@ def test_aims_beside_records():
     assert "| 1.00 | aim reached |" in aims.table(found)
     assert round(aims.over_compiled(found[3]), 6) == 6
     assert {aim.shape for aim in aims.AIMS} <= set(SHAPES)
+
+
+def step(which: str, shape: str = "flexolmo_6x64", **results) -> dict:
+    """A record of a step: the dense FFN's forward takes 4 ms."""
+    found = {"dense FFN forward": {"ms": 4.0}, "dense FFN compiled": {"ms": 8.0}, **results}
+    return {**some_sweep()[3], "device": "NVIDIA H100 80GB HBM3", "pass": which, "shape": shape,
+            "results": found}  # fmt: skip
+
+
+def test_aims_of_training_beside_records():
+    ours = {"ms": 12.0, "saved_kb_a_token": 54.6, "tflop_s": 500.0}
+    found = [
+        step(training.STEP, **{"ours, layer": ours}),
+        step(training.ONE, "flexolmo_k2_of_2", **{"ours, layer": ours, aims.PEFT: {"ms": 16.0}}),
+        step(training.ALL, "flexolmo_full", **{"ours, layer": ours}),
+        {**step(training.STEP, "small", **{"ours, layer": {"ms": 12.0}}), "driver": None,
+         "device": "a CPU", "dtype": "float32", "tokens": 512},
+    ]  # fmt: skip
+    lines = aims.table(found, aims.TRAINING).splitlines()[2:]
+    text = {line.split(" | ")[0][2:]: line.split(" | ") for line in lines}
+    assert text["frozen base, 6 x 64, all factors and router"][4:6] == ["3.00", "reached"]
+    assert text["kept for the backward, 6 x 64, KB a token"][4:6] == ["54.6", "aim reached"]
+    assert text["2 of 2, frozen base, one expert of rank 64"][4:6] == ["3.00", "missed"]
+    peft = text["beside it: PEFT's LoRA, r = 64, on a dense FFN"]
+    assert peft[1:6] == ["", "", "", "4.00", "for comparison"]
+    assert text["all full-size and trained, top-5, TFLOP/s"][4:6] == ["500", "reached"]
+    assert text["CPU, `small`, in dense FFNs' forward + backward"][4:6] == ["1.50", "reached"]
+    assert text["base trained too, 6 x 64"][4:6] == ["", "not measured"]
+    # A record from before the dense FFN's forward was in it has no ratio, and hides no older one.
+    old = step(training.STEP, **{"ours, layer": {"ms": 1.0}})
+    del old["results"]["dense FFN forward"]
+    assert aims.table([*found, old], aims.TRAINING).splitlines()[2:] == lines
+    assert {aim.which for aim in aims.TRAINING} <= set(training.PASSES)
+    assert "layer 3.00 forwards, keeps 54.6 KB" in printed.short(found[:1])
+
+
+def test_readme_shows_no_variants_of_a_step():
+    ours = {"ours, layer": {"ms": 12.0}}
+    found = [step(which, **ours) for which in (training.STEP, training.ONE, training.ALL)]
+    assert tables.block(found).count("forward + backward") == 1
+    assert tables.page(found).count("forward + backward") == 3
 
 
 def test_records_are_whole():

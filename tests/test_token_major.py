@@ -114,7 +114,7 @@ def fused(inputs: Inputs, ids: Tensor) -> tuple[Tensor, Tensor]:
     from flexmore_kernels._triton.routed import Routed
 
     layer = Routed(inputs.x, ids, [projection(side) for side in inputs.sides])
-    return layer.hidden(inputs.gate, inputs.up, inputs.weights, layer.plan)
+    return layer.hidden(inputs.gate, inputs.up, inputs.weights, layer.plan, layer.shrunk())
 
 
 def halved(h: Tensor, ids: Tensor) -> Tensor:
@@ -128,12 +128,13 @@ def fused_with_rows(inputs: Inputs, ids: Tensor, own: tuple, h: Tensor) -> tuple
     from flexmore_kernels._triton.routed import Routed
 
     layer = Routed(inputs.x, ids, [projection(side) for side in inputs.sides])
-    slots = own_rows._slots_of(layer, own)
+    slots = own_rows.slots_of(layer, own)
     rows = h.new_full((layer.plan.num_rows, h.shape[1]), float("nan"))
     token, k = torch.where(slots >= 0)
     rows[slots[token, k].long()] = halved(h[token], ids[token, k])
-    plan = own_rows._others(layer.plan, own)
-    return layer.hidden(inputs.gate, inputs.up, inputs.weights, plan, (rows, slots))
+    plan = own_rows.others(layer.plan, own)
+    given = (inputs.gate, inputs.up, inputs.weights, plan, layer.shrunk())
+    return layer.hidden(*given, (rows, slots))
 
 
 def plain_with_rows(inputs: Inputs, ids: Tensor, own: tuple, h: Tensor) -> tuple[Tensor, Tensor]:

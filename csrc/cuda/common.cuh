@@ -36,10 +36,10 @@ inline int multiprocessors(int device) { return attribute(device, cudaDevAttrMul
 
 // Launches the kernel with an attribute, or with none.
 template <class Kernel, class... Args>
-void launch_with(cudaLaunchAttribute* with, Kernel kernel, unsigned blocks, int threads,
-                 size_t shared, cudaStream_t stream, const char* name, const Args&... args) {
+void launch_with(cudaLaunchAttribute* with, Kernel kernel, dim3 grid, int threads, size_t shared,
+                 cudaStream_t stream, const char* name, const Args&... args) {
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(blocks);
+    config.gridDim = grid;
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared;
     config.stream = stream;
@@ -71,6 +71,19 @@ void launch_together(void (*kernel)(Args...), int blocks, int threads, size_t sh
     together.val.cooperative = 1;
     launch_with(&together, kernel, unsigned(blocks), threads, shared, stream,
                 "a launch of blocks that wait", args...);
+}
+
+// Launches clusters of `size` blocks, neighbours along x, of `shared` bytes each.
+template <class Kernel, class... Args>
+void launch_clusters(Kernel kernel, int size, dim3 grid, int threads, int shared,
+                     cudaStream_t stream, const char* name, const Args&... args) {
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
+               name);
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = unsigned(size);
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    launch_with(&cluster, kernel, grid, threads, size_t(shared), stream, name, args...);
 }
 
 // Makes the tensor's device current while it lives. The statically linked CUDA runtime is told
@@ -198,6 +211,17 @@ __device__ __forceinline__ float silu_of_half(float half) {
     float t;
     asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(half));
     return fmaf(half, t, half);
+}
+// sigmoid(g) from g / 2, for T as exact as that needs.
+template <class T>
+__device__ __forceinline__ float sigmoid_of_half(float half) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        float t;
+        asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(half));
+        return fmaf(0.5f, t, 0.5f);
+    } else {
+        return __fdividef(1.0f, 1.0f + __expf(-2 * half));
+    }
 }
 // g sigmoid(g), for T as exact as that needs.
 template <class T>

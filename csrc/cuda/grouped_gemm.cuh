@@ -20,8 +20,9 @@ enum Place : int { kSorted = 0, kSegment = 1, kToken = 2 };
 struct Product {
     CUtensorMap left, right;
     const void* base;
-    int steps;  // of kDepth
-    int place;  // of the left operand's rows
+    int steps;        // of kDepth
+    int place;        // of the left operand's rows
+    bool transposed;  // the right operand lies so, which only training's kernels look at
 };
 struct Problem {
     Product product[2];
@@ -35,6 +36,8 @@ struct Problems {
     const int32_t *row_offsets, *row_to_slot;
     const float* weights;  // a slot's, of the result; or null
     int count, top_k, place;
+    void* kept[2];  // where training's gated kernel keeps what the nonlinearity reads; or null
+    int64_t kept_stride[2];
 };
 
 struct Shared {
@@ -63,6 +66,7 @@ __device__ Tile find(const Problems& p, const Shared& sh, int index) {
             rest / size * kColumns};
 }
 
+template <bool Training>
 __device__ void copy_operands(const Problems& p, Shared& sh, int cluster, int clusters) {
     const int block = block_in_cluster();
     Ring<kStages> ring;
@@ -79,17 +83,21 @@ __device__ void copy_operands(const Problems& p, Shared& sh, int cluster, int cl
                 full->arrive_expecting(kStageBytes);
                 copy_box<1>(sh.left[ring.slot], product.left, step * kDepth, left_row, false, full);
                 constexpr int kPart = kColumns / kBlocks;
-                copy_box<kBlocks>(sh.right[ring.slot] + block * kPart * kDepth * 2, product.right,
-                                  step * kDepth, tile.column + block * kPart, for_threads, full);
+                unsigned char* right = sh.right[ring.slot] + block * kPart * kDepth * 2;
+                const int column = tile.column + block * kPart;
+                if (Training && product.transposed) {
+                    for (int i = 0; i < kPart; i += 64) {
+                        copy_box<kBlocks>(right + i * kDepth * 2, product.right, column + i,
+                                          step * kDepth, false, full);
+                    }
+                } else {
+                    copy_box<kBlocks>(right, product.right, step * kDepth, column, for_threads,
+                                      full);
+                }
                 ring.next();
             }
         }
     }
-}
-
-__device__ __forceinline__ void release(Barrier* empty) {
-    const int lane = threadIdx.x % 32;
-    if (lane < kBlocks) arrive_at(empty, lane);
 }
 
 __device__ __forceinline__ void clear(float (&sum)[128]) {
@@ -98,7 +106,7 @@ __device__ __forceinline__ void clear(float (&sum)[128]) {
 }
 
 // sum += the next `steps` stages' left right^T.
-template <class T>
+template <class T, bool Transposed = false>
 __device__ __forceinline__ void multiply(Shared& sh, Ring<kStages>& ring, int steps,
                                          float (&sum)[128]) {
     const int group = threadIdx.x / kWarpgroup - 1;
@@ -111,17 +119,18 @@ __device__ __forceinline__ void multiply(Shared& sh, Ring<kStages>& ring, int st
         products_begin();
 #pragma unroll
         for (int k = 0; k < kDepth / 16; ++k) {
-            large_product<T>(sum, swizzled_operand(left + 32 * k),
-                             swizzled_operand(right + 32 * k));
+            large_product<T, Transposed>(sum, swizzled_operand(left + 32 * k),
+                                         Transposed ? swizzled_transposed(right + 2048 * k)
+                                                    : swizzled_operand(right + 32 * k));
         }
         products_commit();
         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");  // one step stays on its way
-        if (before) release(before);
+        if (before) release<kBlocks>(before);
         before = &sh.empty[ring.slot];
         ring.next();
     }
     products_wait<0>(sum);
-    if (before) release(before);
+    if (before) release<kBlocks>(before);
 }
 
 // Among the four threads that share a row of a product's result: words[m] of thread q and words[q]
@@ -163,6 +172,16 @@ __device__ __forceinline__ Mine find_mine(const Problems& p, const Tile& tile, b
     return mine;
 }
 
+// The slots of a thread's rows; of all tokens' rows each token's first.
+__device__ __forceinline__ void find_slots(const Problems& p, const Tile& tile, int (&slot)[2]) {
+    const bool all = p.problem[tile.problem].expert < 0;
+    const Mine mine = find_mine(p, tile, !all);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        slot[i] = all ? min(mine.row[i], tile.rows - 1) * p.top_k : mine.slot[i];
+    }
+}
+
 // Of row I the token's row of a base, as many columns as a thread holds; what does not exist is
 // anything.
 using Loaded = uint4[8];
@@ -173,6 +192,14 @@ __device__ __forceinline__ void load_base(Loaded& words, const void* base, int s
 #pragma unroll
     for (int b = 0; b < 8; ++b) {
         words[b] = load_once(row + min(column + 32 * b, columns - 8));
+    }
+}
+// They are unpacked after this, not where they arrive: that takes twice the registers.
+__device__ __forceinline__ void settle(Loaded (&loaded)[2]) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+        uint4& words = loaded[i / 8][i % 8];
+        asm volatile("" : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w));
     }
 }
 template <class T, int I>

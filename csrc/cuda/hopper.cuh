@@ -77,6 +77,14 @@ __device__ __forceinline__ void copy_bulk(void* to, const void* from, int bytes,
         : "memory");
 }
 
+// The barrier's phase waits for all cp.async copies that this thread began; the arrival is one of
+// its count.
+__device__ __forceinline__ void arrive_after_copies(Barrier* barrier) {
+    asm volatile(
+        "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier))
+        : "memory");
+}
+
 // 16 bytes that are read once: not kept in L1, and issued here, not where they are first used.
 __device__ __forceinline__ uint4 load_once(const void* from) {
     uint4 words;
@@ -119,6 +127,13 @@ __device__ __forceinline__ uint64_t operand(uint32_t address, int depth) {
     return uint64_t(address >> 4) | along << 16 | across << 32;
 }
 constexpr int kNextColumns = 256 >> 4;
+
+// An operand in shared memory whose 8 x 8 blocks lie as operand_offset says, read across: its
+// columns are what the product keeps, its rows are summed.
+__device__ __forceinline__ uint64_t operand_across(uint32_t address, int depth) {
+    const uint64_t along = (depth / 8 * 128) >> 4, across = 128 >> 4;
+    return uint64_t(address >> 4) | along << 16 | across << 32;
+}
 
 __device__ __forceinline__ void products_begin() {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -184,8 +199,44 @@ __device__ __forceinline__ void product(float (&d)[Size], uint64_t a, uint64_t b
         product_step<T, true>(d, a + k * kNextColumns, b + k * kNextColumns);
     }
 }
-#undef FM_REGISTERS_8
 #undef FM_PRODUCT
 #undef FM_PRODUCT_OF_TYPE
+
+// d (64 x N) = or += a (64 x 16, registers) b (N x 16)^T, which lies N-major if Across.
+#define FM_FROM_REGISTERS(N, TYPE, NAMES, A, B, ONE, ACROSS, ...)                           \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ONE                                \
+                 ", 0;\n"                                                                   \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" NAMES \
+                 "}, " A ", " B ", add, 1, 1, " ACROSS ";\n}\n"                             \
+                 : __VA_ARGS__                                                              \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(Add)),       \
+                   "n"(int(Across)))
+#define FM_OF_TYPE(N, NAMES, A, B, ONE, ACROSS, ...)                         \
+    if constexpr (std::is_same_v<T, __half>) {                               \
+        FM_FROM_REGISTERS(N, "f16", NAMES, A, B, ONE, ACROSS, __VA_ARGS__);  \
+    } else {                                                                 \
+        FM_FROM_REGISTERS(N, "bf16", NAMES, A, B, ONE, ACROSS, __VA_ARGS__); \
+    }
+template <class T, bool Add, bool Across>
+__device__ __forceinline__ void from_registers(float (&d)[8], const uint32_t (&a)[4], uint64_t b) {
+    FM_OF_TYPE(16, "%0,%1,%2,%3,%4,%5,%6,%7", "{%8,%9,%10,%11}", "%12", "%13", "%14",
+               FM_REGISTERS_8(0))
+}
+template <class T, bool Add, bool Across>
+__device__ __forceinline__ void from_registers(float (&d)[16], const uint32_t (&a)[4], uint64_t b) {
+    FM_OF_TYPE(32, "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15", "{%16,%17,%18,%19}",
+               "%20", "%21", "%22", FM_REGISTERS_8(0), FM_REGISTERS_8(8))
+}
+template <class T, bool Add, bool Across>
+__device__ __forceinline__ void from_registers(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
+    FM_OF_TYPE(64,
+               "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,"
+               "%23,%24,%25,%26,%27,%28,%29,%30,%31",
+               "{%32,%33,%34,%35}", "%36", "%37", "%38", FM_REGISTERS_8(0), FM_REGISTERS_8(8),
+               FM_REGISTERS_8(16), FM_REGISTERS_8(24))
+}
+#undef FM_FROM_REGISTERS
+#undef FM_OF_TYPE
+#undef FM_REGISTERS_8
 
 }  // namespace flexmore::cuda

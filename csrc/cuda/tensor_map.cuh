@@ -108,6 +108,13 @@ __device__ __forceinline__ void arrive_at(Barrier* barrier, int block) {
         : "memory");
 }
 
+// Of a warp: arrives there in each of the cluster's blocks.
+template <int Blocks>
+__device__ __forceinline__ void release(Barrier* barrier) {
+    const int lane = threadIdx.x % 32;
+    if (lane < Blocks) arrive_at(barrier, lane);
+}
+
 // An operand of rows of 128 bytes as tensor maps write it: 16-byte groups swizzled by the row's
 // last three bits. Tiles start at multiples of 1024 bytes; column 16 k is 32 k bytes on.
 __device__ __forceinline__ uint64_t swizzled_operand(uint32_t address) {
@@ -115,7 +122,16 @@ __device__ __forceinline__ uint64_t swizzled_operand(uint32_t address) {
            uint64_t(1) << 62;
 }
 
-// d (64 x 256) += a (64 x 16) b (256 x 16)^T; where d's elements are: as `product`.
+// The same of an operand that lies transposed, a summed column in 128 bytes of a row: boxes of 64
+// of its entries and kDepth summed columns, one after the other; summed column 16 k is 2048 k bytes
+// on.
+__device__ __forceinline__ uint64_t swizzled_transposed(uint32_t address) {
+    return uint64_t((address & 0x3FFFF) >> 4) | uint64_t(128 * kDepth >> 4) << 16 |
+           uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+}
+
+// d (64 x 256) += a (64 x 16) b (256 x 16)^T; where d's elements are: as `product`. b may lie
+// transposed.
 #define FM_8(i)                                                                                 \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
         "+f"(d[i + 6]), "+f"(d[i + 7])
@@ -132,10 +148,10 @@ __device__ __forceinline__ uint64_t swizzled_operand(uint32_t address) {
         "%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89," \
         "%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,"    \
         "%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,"    \
-        "%126,%127}, %128, %129, add, 1, 1, 0, 0;\n}\n"                                            \
+        "%126,%127}, %128, %129, add, 1, 1, 0, %130;\n}\n"                                         \
         : FM_64(0), FM_64(64)                                                                      \
-        : "l"(a), "l"(b))
-template <class T>
+        : "l"(a), "l"(b), "n"(int(Transposed)))
+template <class T, bool Transposed = false>
 __device__ __forceinline__ void large_product(float (&d)[128], uint64_t a, uint64_t b) {
     if constexpr (std::is_same_v<T, __half>) {
         FM_LARGE_PRODUCT("f16");

@@ -26,59 +26,12 @@
 #include <vector>
 
 #include "token_major.cuh"
+#include "token_major_pack.cuh"
 
 namespace flexmore::cuda {
 namespace {
 
 using namespace token_mix_impl;
-
-// ---- The factors in the order in which the steps read them: for each expert and chunk B_g, B_u
-// (rows: the chunk's columns) and A_d (rows: ranks), as operands of the expert's own depth; zero
-// past the rank and the width.
-
-struct Factor {
-    const uint16_t* data;
-    int64_t along_width, along_rank;  // strides, in elements
-    int rank, wide;                   // wide: eight ranks of a column are read at once
-};
-struct Factors {
-    Factor of[kMaxLowRank][3];  // gate, up, down of each place
-    int depth[kMaxLowRank];
-};
-
-template <int Rank>
-__global__ void __launch_bounds__(256)
-    token_mix_pack_kernel(const __grid_constant__ Factors factors, int64_t width,
-                          uint4* __restrict__ out) {
-    constexpr int kColumns = Cut<Rank, false>::kColumns;
-    const int chunk = blockIdx.x, num_chunks = gridDim.x, place = blockIdx.y, side = blockIdx.z;
-    const Factor& f = factors.of[place][side];
-    const bool is_down = side == 2;
-    const int ranks = factors.depth[place], size = kColumns * ranks / 8;
-    const int depth = is_down ? kColumns : ranks, groups = depth / 8;
-    out += (int64_t(place) * num_chunks + chunk) * (3 * kColumns * Rank / 8) + side * size;
-    for (int i = threadIdx.x; i < size; i += blockDim.x) {
-        const int row = i / groups, group = i % groups;
-        union {
-            uint16_t element[8];
-            uint4 words;
-        } eight{};
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            const int k = 8 * group + j, r = is_down ? row : k;
-            const int64_t column =
-                int64_t(chunk) * kColumns + column_of<kColumns>(is_down ? k : row);
-            if (column >= width) continue;
-            const uint16_t* from = f.data + column * f.along_width + r * f.along_rank;
-            if (!is_down && f.wide) {
-                if (k < f.rank) eight.words = *reinterpret_cast<const uint4*>(from);
-                break;
-            }
-            if (r < f.rank) eight.element[j] = *from;
-        }
-        out[operand_offset(row, group, depth) / 16] = eight.words;
-    }
-}
 
 template <class T>
 __global__ void __launch_bounds__(256)
@@ -92,28 +45,6 @@ __global__ void __launch_bounds__(256)
         sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
     }
     out[i] = {pack<T>(sum.x, sum.y), pack<T>(sum.z, sum.w)};
-}
-
-Factor factor(const Tensor& t, int width_dim) {
-    const int64_t along_width = t.stride(width_dim), along_rank = t.stride(1 - width_dim);
-    const int rank = int(t.size(1 - width_dim));
-    const bool wide = along_rank == 1 && rank % 8 == 0 && along_width % 8 == 0 &&
-                      reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
-    return {static_cast<const uint16_t*>(t.const_data_ptr()), along_width, along_rank, rank, wide};
-}
-
-// Into how many parts the columns are cut so that the blocks fill their waves well: about half a
-// block's time is lost at the end, and a block's start costs as much as 6 chunks of 64 columns.
-int count_planes(int64_t tiles, int64_t width, int multiprocessors) {
-    const double chunks = double(width) / 64;
-    int best = 1;
-    double best_cost = 1e300;
-    for (int planes = 1; planes <= 16 && planes * 4 <= chunks; ++planes) {
-        const double waves = double(tiles) * planes / multiprocessors;
-        const double cost = std::max(1.0, waves + 0.5) * (chunks / planes + 6);
-        if (cost < best_cost * 0.999) best_cost = cost, best = planes;
-    }
-    return best;
 }
 
 struct Call {
@@ -143,7 +74,7 @@ void launch(Call& call) {
     m.s_down = mutable_data<float>(planes);
     m.factors = packed.const_data_ptr();
     if (call.num_low_rank > 0) {
-        token_mix_pack_kernel<Rank>
+        token_mix_pack_kernel<Rank, kColumns, false>
             <<<dim3(m.num_chunks, call.num_low_rank, 3), 256, 0, call.stream>>>(
                 call.factors, m.width, mutable_data<uint4>(packed));
         check_launch("token_mix: pack");
@@ -162,11 +93,6 @@ void launch(Call& call) {
         check_launch("token_mix: sum of planes");
     }
 }
-
-using Ints = std::vector<int64_t>;
-using Tensors = std::vector<Tensor>;
-
-int64_t padded(int64_t rank) { return ceil_div(rank, 16) * 16; }
 
 // s and s_down have the columns of one expert after the other's, each rank padded to 16; the
 // factors are of the experts with a rank, in order, read where they lie.
@@ -206,50 +132,14 @@ std::tuple<Tensor, Tensor> token_mix(Tensor gate_TF, Tensor up_TF, Tensor weight
                         "token_mix: with rows, at most ", kMaxSet, " experts a token and ",
                         "at least a row");
     }
-    for (const Ints* ints : {&gate_ranks, &up_ranks, &down_ranks}) {
-        STD_TORCH_CHECK(int64_t(ints->size()) == E, "token_mix: an entry for each expert");
-    }
     Call call{};
     Mix& m = call.mix;
     const int most_low_rank = rows_NF ? kMostLowRank<true> : kMostLowRank<false>;
-    int64_t s_width = 0, down_width = 0, largest = 0;
-    size_t next[3] = {};
-    const Tensors* lists[3] = {&b_gate, &b_up, &a_down};
-    const auto put = [&](int e, int side, int64_t rank) {
-        if (rank == 0) return;
-        STD_TORCH_CHECK(next[side] < lists[side]->size(), "token_mix: a factor is missing");
-        const Tensor& t = (*lists[side])[next[side]++];
-        const int width_dim = side == 2;
-        STD_TORCH_CHECK(t.dim() == 2 && t.scalar_type() == dtype && t.size(width_dim) == F &&
-                            t.size(1 - width_dim) == rank,
-                        "token_mix: a factor has another dtype or shape than its rank says");
-        check_same_device(gate_TF, {&t});
-        call.factors.of[m.experts.place[e]][side] = factor(t, width_dim);
-    };
-    for (int e = 0; e < E; ++e) {
-        Experts& x = m.experts;
-        const int64_t most = std::max({gate_ranks[e], up_ranks[e], down_ranks[e]});
-        x.place[e] = most > 0 ? call.num_low_rank : -1;
-        if (x.place[e] >= 0) {
-            STD_TORCH_CHECK(call.num_low_rank < most_low_rank, "token_mix: at most ", most_low_rank,
-                            " low-rank experts");
-            x.depth[e] = most <= 16 ? 16 : most <= 32 ? 32 : 64;
-            call.factors.depth[call.num_low_rank++] = x.depth[e];
-            largest = std::max(largest, most);
-        }
-        x.gate_at[e] = int(s_width), x.gate_rank[e] = int(padded(gate_ranks[e]));
-        x.down_at[e] = int(down_width), x.down_rank[e] = int(padded(down_ranks[e]));
-        s_width += x.gate_rank[e], down_width += x.down_rank[e];
-        put(e, 0, gate_ranks[e]);
-        put(e, 1, up_ranks[e]);
-        put(e, 2, down_ranks[e]);
-    }
-    for (int e = 0; e < E; ++e) {
-        m.experts.up_at[e] = int(s_width), m.experts.up_rank[e] = int(padded(up_ranks[e]));
-        s_width += m.experts.up_rank[e];
-    }
+    const Widths widths = fill_experts(m.experts, call.factors, gate_TF, {&b_gate, &b_up, &a_down},
+                                       {&gate_ranks, &up_ranks, &down_ranks}, most_low_rank);
+    const int64_t s_width = widths.s, down_width = widths.down, largest = widths.largest;
+    call.num_low_rank = widths.num_low_rank;
     check_size(s_TR, "s", 1, s_width);
-    STD_TORCH_CHECK(largest <= 64, "token_mix: ranks up to 64, got ", largest);
     Tensor mixed_TF = empty(gate_TF, {T, F}, dtype);
     call.gate_TF = gate_TF;
     call.s_down_TR = empty(gate_TF, {T, down_width}, dtype);

@@ -6,15 +6,6 @@
 namespace flexmore::cuda {
 namespace token_mix_impl {
 
-// The ranks that are computed of each present expert, in two bits: 16, 32, 64.
-template <class Shared>
-__device__ __forceinline__ int depths_of(const Shared& sh) {
-    int found = 0;
-    for (int i = 0; i < sh.num_present; ++i) found |= (sh.depth[i] / 32) << 2 * i;
-    return uniform(found);
-}
-__device__ __forceinline__ int depth_of(int depths, int i) { return 16 << (depths >> 2 * i & 3); }
-
 template <int Size, int Of>
 using First = float[Size < Of ? Size : Of];
 template <int Size, int Of>
@@ -38,18 +29,6 @@ __device__ __forceinline__ void one_product(float (&sums)[Size], uint64_t h, uin
     products_begin();
     product<T, true, Columns>(sums, h, a);
     products_commit();
-}
-
-// A thread's part of a chunk of G or U: of two rows, Columns / 4 neighbouring columns.
-template <int Words>
-__device__ __forceinline__ void load_row(uint32_t (&to)[Words], const void* from, int64_t element) {
-    const auto* at = reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(from) + element);
-#pragma unroll
-    for (int i = 0; i < Words / 4; ++i) {
-        const uint4 words = load_once(at + i);
-        to[4 * i] = words.x, to[4 * i + 1] = words.y;
-        to[4 * i + 2] = words.z, to[4 * i + 3] = words.w;
-    }
 }
 
 // Warpgroup `which` of those that expand: every kExpanding-th chunk, beginning with this one.

@@ -97,6 +97,33 @@ struct Shared {
     Barrier stage_full[kStages], stage_empty[kStages], hidden_full[kHidden], hidden_empty[kHidden];
 };
 
+// bfloat16's sigmoid is formed by tanh of g / 2, and dg twice, which is exact: then a sum of these
+// is halved.
+template <class T>
+constexpr bool kDoubled = std::is_same_v<T, __nv_bfloat16>;
+template <class T>
+constexpr float kSingle = kDoubled<T> ? 0.5f : 1.0f;
+
+// From half of g: silu(g), and silu'(g) or, if kDoubled, 2 silu'(g) - 1.
+template <class T>
+__device__ __forceinline__ void silu_and_slope(float half, float& silu, float& slope) {
+    if constexpr (kDoubled<T>) {
+        float t;
+        asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(half));
+        silu = fmaf(half, t, half);
+        slope = t + fmaf(-silu, t, silu);
+    } else {
+        const float share = sigmoid_of_half<T>(half);
+        silu = 2 * half * share;
+        slope = fmaf(silu, 1 - share, share);
+    }
+}
+// dg (twice it if kDoubled) from dh u and that slope.
+template <class T>
+__device__ __forceinline__ float gate_grad(float product, float slope) {
+    return kDoubled<T> ? fmaf(product, slope, product) : product * slope;
+}
+
 // x, or 0 where the mask is 0: selected, not multiplied, since Inf and NaN of experts that were not
 // chosen must not reach a sum; by bits, since the compiler branches around a conditional's sigmoid.
 __device__ __forceinline__ float selected(float x, uint32_t mask) {

@@ -7,6 +7,27 @@
 namespace flexmore::cuda {
 namespace token_mix_impl {
 
+// The ranks that are computed of each present expert, in two bits: 16, 32, 64.
+template <class Shared>
+__device__ __forceinline__ int depths_of(const Shared& sh) {
+    int found = 0;
+    for (int i = 0; i < sh.num_present; ++i) found |= (sh.depth[i] / 32) << 2 * i;
+    return uniform(found);
+}
+__device__ __forceinline__ int depth_of(int depths, int i) { return 16 << (depths >> 2 * i & 3); }
+
+// A thread's part of a chunk of G or U: of two rows, Columns / 4 neighbouring columns.
+template <int Words>
+__device__ __forceinline__ void load_row(uint32_t (&to)[Words], const void* from, int64_t element) {
+    const auto* at = reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(from) + element);
+#pragma unroll
+    for (int i = 0; i < Words / 4; ++i) {
+        const uint4 words = load_once(at + i);
+        to[4 * i] = words.x, to[4 * i + 1] = words.y;
+        to[4 * i + 2] = words.z, to[4 * i + 3] = words.w;
+    }
+}
+
 // Of one token: its rows of h from outside.
 template <int Rank>
 __device__ __forceinline__ void gather_rows(const Mix& m, Shared<Rank, true>& sh, int token,
@@ -22,23 +43,10 @@ __device__ __forceinline__ void gather_rows(const Mix& m, Shared<Rank, true>& sh
     for (; count < kMaxSet; ++count) sh.row[count][thread] = -1, sh.row_weight[count][thread] = 0;
 }
 
-// Which experts the block's tokens chose, with which weights; the tokens' rows of s.
-template <class T, int Rank, bool Rows>
-__device__ void gather(const Mix& m, Shared<Rank, Rows>& sh) {
+// Which experts the block's tokens chose, with which weights. All threads call it; `sh.set` is 0.
+template <class M, class Shared>
+__device__ void find_experts(const M& m, Shared& sh) {
     const int thread = threadIdx.x;
-    if (thread == 0) {
-        sh.set = 0, sh.num_rows = 0;
-        for (int i = 0; i < sh.kStages; ++i) {
-            sh.stage_full[i].init(1);
-            sh.stage_empty[i].init(2 * kWarpgroup / 32);
-        }
-        for (int i = 0; i < sh.kHidden; ++i) {
-            sh.hidden_full[i].init(kWarpgroup);
-            sh.hidden_empty[i].init(kWarpgroup / 32);
-        }
-        fence_barrier_init();
-    }
-    __syncthreads();
     int set = 0;
     if (thread < kTokens) {
         const int64_t place = int64_t(blockIdx.x) * kTokens + thread;
@@ -81,29 +89,58 @@ __device__ void gather(const Mix& m, Shared<Rank, Rows>& sh) {
         }
         sh.base_weight[thread] = base;
         sh.chosen[thread] = chosen;
-        if constexpr (Rows) gather_rows(m, sh, token, thread);
+    }
+}
+
+// 16 bytes of a token's row of s or the like, of an expert's columns from `at` on, into an operand.
+template <class T, class Shared>
+__device__ __forceinline__ void gather_words(Shared& sh, unsigned char* operand, const void* from,
+                                             int64_t stride, int at, int rank, int row, int group) {
+    const int token = sh.token[row];
+    uint4 words{};
+    if (token >= 0 && 8 * group < rank) {
+        words = *reinterpret_cast<const uint4*>(static_cast<const T*>(from) + token * stride + at +
+                                                8 * group);
+    }
+    *reinterpret_cast<uint4*>(operand + operand_offset(row, group, Shared::kRank)) = words;
+}
+
+// What a block reads before its columns: its experts, the tokens' rows of s.
+template <class T, int Rank, bool Rows>
+__device__ void gather(const Mix& m, Shared<Rank, Rows>& sh) {
+    const int thread = threadIdx.x;
+    if (thread == 0) {
+        sh.set = 0, sh.num_rows = 0;
+        for (int i = 0; i < sh.kStages; ++i) {
+            sh.stage_full[i].init(1);
+            sh.stage_empty[i].init(2 * kWarpgroup / 32);
+        }
+        for (int i = 0; i < sh.kHidden; ++i) {
+            sh.hidden_full[i].init(kWarpgroup);
+            sh.hidden_empty[i].init(kWarpgroup / 32);
+        }
+        fence_barrier_init();
+    }
+    __syncthreads();
+    find_experts(m, sh);
+    if constexpr (Rows) {
+        if (thread < kTokens) gather_rows(m, sh, sh.token[thread], thread);
     }
     constexpr int kGroups = Rank / 8;  // of 8 elements, 16 bytes
-    const T* s = static_cast<const T*>(m.s);
     for (int i = thread; i < sh.num_present * 2 * kTokens * kGroups; i += kThreads<Rank>) {
         const int group = i % kGroups, row = i / kGroups % kTokens, up = i / kGroups / kTokens % 2;
         const int which = i / kGroups / kTokens / 2, e = sh.present[which];
         const int at = up ? m.experts.up_at[e] : m.experts.gate_at[e];
         const int rank = up ? m.experts.up_rank[e] : m.experts.gate_rank[e];
-        const int token = sh.token[row];
-        uint4 words{};
-        if (token >= 0 && 8 * group < rank) {
-            words = *reinterpret_cast<const uint4*>(s + token * m.s_width + at + 8 * group);
-        }
-        *reinterpret_cast<uint4*>(sh.s[which][up] + operand_offset(row, group, Rank)) = words;
+        gather_words<T>(sh, sh.s[which][up], m.s, m.s_width, at, rank, row, group);
     }
     fence_async_proxy();
     __syncthreads();
 }
 
 // One thread: the factors of every step, in order: kExpanding chunks, each expert, each chunk.
-template <class Shared>
-__device__ void copy_factors(const Mix& m, Shared& sh, int begin, int end) {
+template <class M, class Shared>
+__device__ void copy_factors(const M& m, Shared& sh, int begin, int end) {
     constexpr int kBytes = 3 * Shared::kFactor, kExpanding = Shared::kExpanding;
     Ring<Shared::kStages> ring;
     for (int chunk = begin; chunk < end; chunk += kExpanding) {

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import backend
+from ..kept import Kept
 from ..projection import FULL, Projection
 
 
@@ -57,8 +58,8 @@ def _preactivation(side: Projection, pairs, e: int, base: Tensor, tokens: Tensor
     return rows.addmm_(z, pairs[e][1].T) if side.ranks[e] else rows
 
 
-def forward(x, indices, weights, sides) -> tuple[Tensor, Tensor, Tensor]:
-    """(y (T, D), G (T, F), U (T, F)), the base pre-activations as saved for `backward`."""
+def forward(x, indices, weights, sides, wanted: Kept) -> tuple[Tensor, Kept]:
+    """y (T, D), and G and U (T, F), the base pre-activations, for `backward`."""
     gate, up, down = sides
     acc, top_k = torch.promote_types(x.dtype, torch.float32), indices.shape[1]
     mix = backend.kernels("gated_mix", x).swiglu_accumulate
@@ -89,8 +90,8 @@ def forward(x, indices, weights, sides) -> tuple[Tensor, Tensor, Tensor]:
         delta.index_add_(0, tokens, y_rows.to(acc) if w is None else y_rows * w)
     mixed = mixed.to(x.dtype)
     if delta is None:
-        return mixed @ down.full[0].T, *bases
-    return _add_product(delta, mixed, down.full[0].T).to(x.dtype), *bases
+        return mixed @ down.full[0].T, Kept(*bases)
+    return _add_product(delta, mixed, down.full[0].T).to(x.dtype), Kept(*bases)
 
 
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -108,9 +109,10 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return total.addmm_(a, b) if total.dtype == a.dtype else total + a @ b
 
 
-def backward(dy, x, indices, weights, gate_TF, up_TF, sides, needs, side_needs):
+def backward(dy, x, indices, weights, kept: Kept, sides, needs, side_needs):
     """(dx, dweights, gradients of the three projections), None where not needed."""
-    state = _Backward(dy, x, weights, (gate_TF, up_TF), sides, needs, side_needs)
+    bases = kept[:2] if kept.gate is not None else [x @ side.full[0].T for side in sides[:2]]
+    state = _Backward(dy, x, weights, bases, sides, needs, side_needs)
     for e, slots, tokens in _segments(x, indices, len(sides[0].full)):
         state.add_expert(e, slots, tokens)
     return state.finish()

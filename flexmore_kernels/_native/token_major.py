@@ -1,4 +1,5 @@
-"""The middle of a token-major forward on Hopper in the library: csrc/cuda/token_major.cu."""
+"""The middle of a token-major layer on Hopper in the library: csrc/cuda/token_major.cu and, of the
+backward, token_major_backward.cu, token_major_factors.cu and token_major_shrink.cu."""
 
 from __future__ import annotations
 
@@ -66,4 +67,82 @@ def hidden(
         *(side.ranks for side in sides),
         rows_NF,
         row_slots_TK,
+    )
+
+
+def mix_backward(
+    dmixed_TF: Tensor,
+    gate_TF: Tensor,
+    up_TF: Tensor,
+    weights_TK: Tensor,
+    plan: RoutingPlan,
+    s_TR: Tensor,
+    q_TR: Tensor,
+    sides: Sequence[Projection],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dgate, dup (T, F), and dp of each row, (N,), in float32: `_triton/token_major_backward.py`'s
+    without rows, for what `serves`.
+    """
+    pairs = [[pair for pair in side.factor_pairs() if pair is not None] for side in sides]
+    dgate_TF, dup_TF, planes = _ops.token_mix_backward(
+        *(dmixed_TF, gate_TF, up_TF, weights_TK),
+        *(plan.token_order, plan.expert_to_row, plan.row_to_slot, s_TR, q_TR),
+        [b for _, b in pairs[0]],
+        [b for _, b in pairs[1]],
+        [a for a, _ in pairs[2]],
+        *(side.ranks for side in sides),
+    )
+    return dgate_TF, dup_TF, planes.sum(0)
+
+
+def factor_grads(
+    dmixed_TF: Tensor,
+    gate_TF: Tensor,
+    up_TF: Tensor,
+    weights_TK: Tensor,
+    plan: RoutingPlan,
+    s_TR: Tensor,
+    q_TR: Tensor,
+    sides: Sequence[Projection],
+    wanted: Sequence[Sequence[bool]],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of B_gate (F, R), B_up (F, R) and A_down (R, F), packed as `Packed` packs them.
+
+    Of what `mix_backward` is given, for what `serves`, each from h, dg and du formed anew. wanted:
+    of gate, up and down each expert's; the others' columns (rows of A_down) hold anything.
+    """
+    pairs = [[pair for pair in side.factor_pairs() if pair is not None] for side in sides]
+    return _ops.token_factor_grads(
+        *(dmixed_TF, gate_TF, up_TF, weights_TK),
+        *(plan.row_offsets, plan.row_to_slot, s_TR, q_TR),
+        [b for _, b in pairs[0]],
+        [b for _, b in pairs[1]],
+        [a for a, _ in pairs[2]],
+        *(side.ranks for side in sides),
+        [gate + 2 * up + 4 * down for gate, up, down in zip(*wanted, strict=True)],
+    )
+
+
+def input_grads(
+    dmixed_TF: Tensor,
+    gate_TF: Tensor,
+    up_TF: Tensor,
+    weights_TK: Tensor,
+    plan: RoutingPlan,
+    s_TR: Tensor,
+    q_TR: Tensor,
+    sides: Sequence[Projection],
+) -> Tensor:
+    """ds (T, R) = dg B_gate,e, then du B_up,e: columns as s's, 0 where e was not chosen.
+
+    Of what `mix_backward` is given, for what `serves`, from dg and du formed anew.
+    """
+    pairs = [[pair for pair in side.factor_pairs() if pair is not None] for side in sides]
+    return _ops.token_input_grads(
+        *(dmixed_TF, gate_TF, up_TF, weights_TK),
+        *(plan.row_offsets, plan.row_to_slot, s_TR, q_TR),
+        [b for _, b in pairs[0]],
+        [b for _, b in pairs[1]],
+        [a for a, _ in pairs[2]],
+        *(side.ranks for side in sides),
     )

@@ -1,7 +1,8 @@
-"""Backward of the experts: recomputes z and the pre-activation rows from the saved x, G, U.
+"""Backward of the experts: recomputes what the nonlinearity read from the saved x, G, U.
 
 It pays the base once: a product with each of its three weights, for dmixed and dx, and (only if
-wanted) one for each weight's gradient. Maths: reference/experts.py.
+wanted) one for each weight's gradient. Of few experts tokens stay in order (token_backward.py);
+here each stage is a kernel over rows. Maths: reference/experts.py.
 """
 
 from __future__ import annotations
@@ -9,22 +10,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backend
+from .. import backend, schedule
+from ..kept import Kept
 from ..projection import RANK_MULTIPLE, Projection
-from ..ragged import RoutingPlan, rows_to_slots
+from ..ragged import MAX_SET_EXPERTS, RoutingPlan, rows_to_slots
+from . import token_backward
 from .routed import Routed, mm
 
 
-def backward(dy, x, indices, weights, gate_TF, up_TF, sides, needs, side_needs):
+def backward(dy, x, indices, weights, kept: Kept, sides, needs, side_needs):
     """(dx, dweights, gradients of the three projections), None where not needed."""
     down = sides[2]
     need_x, need_weights = needs
+    own = _own(x, sides)
+    if own is not None:
+        return token_backward.backward(dy, x, indices, weights, kept, sides, own, needs, side_needs)
     need_hidden = need_x or need_weights or any(n for s in side_needs[:2] for n in s.tensors)
     layer = Routed(x, indices, sides)
     plan = layer.plan
     in_gate, in_up, out_down = layer.packed
     z = [layer.shrink(x, side.a, side.ranks, gather=True) for side in (in_gate, in_up)]
-    rows = layer.preactivations(gate_TF, up_TF, z)
+    rows = kept[4:6]
+    if kept.rows_gate is None:
+        bases = kept[:2] if kept.gate is not None else [x @ side.full[0].T for side in sides[:2]]
+        rows = layer.preactivations(*bases, z)
 
     if need_hidden:
         dh_NF = _hidden_gradient(layer, dy)
@@ -48,7 +57,7 @@ def backward(dy, x, indices, weights, gate_TF, up_TF, sides, needs, side_needs):
         _input_grads(layer, index, drows[index], z[index], dz[index], side_needs[index])
         for index in (0, 1)
     ]
-    grads.append(_down_grads(layer, dy, h_NF, weights, side_needs[2]))
+    grads.append(_down_grads(layer, dy, h_NF, weights, kept.s_down, side_needs[2]))
     dbases = []
     for index, side in enumerate(sides[:2]):
         wanted = need_x or side_needs[index].full[0]
@@ -57,10 +66,26 @@ def backward(dy, x, indices, weights, gate_TF, up_TF, sides, needs, side_needs):
         if side_needs[index].full[0]:
             grads[index]["full"][0] = dbases[index].T @ x
     if side_needs[2].full[0]:
-        mixed = layer.unpermute(h_NF, layer.base_weights(down, weights))
+        mixed = kept.mixed
+        if mixed is None:
+            mixed = layer.unpermute(h_NF, layer.base_weights(down, weights))
         grads[2]["full"][0] = dy.T @ mixed
     dx = _input_gradient(layer, dbases, drows, dz) if need_x else None
     return dx, dweights, [_collect(s, g) for s, g in zip(sides, grads, strict=True)]
+
+
+def _own(x: Tensor, sides) -> tuple[int, ...] | None:
+    """Which experts have rows while others' tokens stay in order; None where all have rows."""
+    layouts = [side.layout for side in sides]
+    if not 1 < len(layouts[0]) <= MAX_SET_EXPERTS:
+        return None
+    largest = max(map(max, layouts))
+    if largest <= schedule.FUSED_RANK and not any(side.has_extra_full for side in sides):
+        return ()
+    return schedule.choose(
+        layouts, x.shape[0], hidden=x.shape[1], width=sides[0].full[0].shape[0], dtype=x.dtype,
+        decode=False,
+    ).own or None  # fmt: skip
 
 
 def _row_weights(weights: Tensor, plan: RoutingPlan) -> Tensor:
@@ -108,15 +133,17 @@ def _input_grads(layer: Routed, index: int, drow, z, dz, needs: Projection) -> d
     return {"full": full, "factors": side.unpack(da, db, RANK_MULTIPLE)}
 
 
-def _down_grads(layer: Routed, dy, h_NF, weights, needs: Projection) -> dict:
-    """Weight gradients of down, but for the base's."""
+def _down_grads(layer: Routed, dy, h_NF, weights, s_down, needs: Projection) -> dict:
+    """Weight gradients of down, but for the base's; s_down: p A_d h by token, if it was kept."""
     side, packed = layer.sides[2], layer.packed[2]
     need_a, need_b = needs.factor_needs()
     da = db = None
     if any(need_a):
         q = layer.shrink(dy, packed.b.T, packed.ranks, gather=True, weights=weights)
         da = layer.factor_grad(q, h_NF, packed.ranks, need_a)
-    if any(need_b):
+    if any(need_b) and s_down is not None:
+        db = s_down.T @ dy
+    elif any(need_b):
         z_down = layer.shrink(h_NF, packed.a, packed.ranks, weights=weights)
         db = layer.factor_grad(z_down, dy, packed.ranks, need_b, gather=True)
     full = {}

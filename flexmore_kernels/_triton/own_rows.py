@@ -24,10 +24,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import backend
-from ..projection import FULL, Projection, padded_rank, shared_of
+from ..kept import Kept
+from ..projection import FULL, RANK_MULTIPLE, Projection, padded_rank, shared_of
 from ..ragged import SEGMENT, TOKEN, RoutingPlan, RowProducts, Term, ranks_tensor
-from .routed import Routed, mm
+from .routed import Packed, Routed, mm
 
 
 def added_to_hidden(layouts: Sequence[Sequence[int]], own: Sequence[int]) -> tuple[int, ...]:
@@ -36,8 +36,8 @@ def added_to_hidden(layouts: Sequence[Sequence[int]], own: Sequence[int]) -> tup
     return tuple(e for e in own if e == 0 and shared.down or down[e] != FULL)
 
 
-def forward(x, indices, weights, sides, own: tuple[int, ...]):
-    """y (T, D); G and U (T, F), None where no expert shares them. `own`: who has own rows."""
+def forward(x, indices, weights, sides, own: tuple[int, ...], wanted: Kept):
+    """y (T, D), and what is `wanted` for the backward. `own`: who has own rows."""
     gate, up, down = sides
     layouts = [side.layout for side in sides]
     shared = shared_of(layouts)
@@ -45,31 +45,37 @@ def forward(x, indices, weights, sides, own: tuple[int, ...]):
     # First, since it takes longest: what follows is launched while it runs.
     bases = (x @ gate.full[0].T, x @ up.full[0].T) if shared.hidden else (None, None)
     layer = Routed(x, indices, [side.without(own) for side in sides])
-    products = layer.hopper or backend.kernels("grouped_gemm", x)
     h_NF = x.new_empty(layer.plan.num_rows, F)
-    slots_of = functools.cache(functools.partial(_slots_of, layer))  # the same experts, mostly
-    _fill_hidden(layer, products, sides, bases, own, slots_of, h_NF)
+    slots = functools.cache(functools.partial(slots_of, layer))  # of the same experts, mostly
+    rows_kept = (torch.empty_like(h_NF), torch.empty_like(h_NF)) if wanted.rows_gate else None
+    inputs = shrunk_inputs(layer, sides, bases, own, slots)
+    fill_hidden(layer, sides, bases, own, inputs, h_NF, rows_kept)
     by_shared = added_to_hidden(layouts, own)
-    rows = (h_NF, slots_of(by_shared)) if by_shared else None
-    mixed = s_others = y = None
+    rows = (h_NF, slots(by_shared)) if by_shared else None
+    mixed = s_others = s_TR = y = None
     if 0 not in own:
-        mixed, s_others = layer.hidden(*bases, weights, _others(layer.plan, own), rows)
+        plan = others(layer.plan, own)
+        mixed, s_others = layer.hidden(*bases, weights, plan, layer.shrunk(), rows)
     elif rows:
         mixed = layer.permutation.unpermute(*rows, weights, None)
-    if shared.down:
-        s_TR, b_DR = _shrunk(layer, products, sides[2], own, h_NF, s_others, weights)
-        if len(by_shared) == len(own):
-            return layer.down(mixed, down.full[0], s_TR, b_DR), *bases
-        y = mm(mixed, down.full[0].T)
-        y = mm(s_TR, b_DR.T, y) if s_TR.shape[1] else y
     full = tuple(e for e in own if e not in by_shared)
-    y_ND = x.new_empty(h_NF.shape[0], x.shape[1])
-    work = [RowProducts(e, y_ND, Term(h_NF, down.full[e])) for e in full]
-    products.sum_rows(work, layer.plan)
-    return layer.permutation.unpermute(y_ND, slots_of(full), weights, y), *bases
+    if shared.down:
+        b_DR = Packed(down).b
+        s_TR = shrunk(layer, down, own, h_NF, s_others, weights)
+        if not full:
+            y = layer.down(mixed, down.full[0], s_TR, b_DR)
+        else:
+            y = mm(mixed, down.full[0].T)
+            y = mm(s_TR, b_DR.T, y) if s_TR.shape[1] else y
+    if full:
+        y_ND = x.new_empty(h_NF.shape[0], x.shape[1])
+        work = [RowProducts(e, y_ND, Term(h_NF, down.full[e])) for e in full]
+        layer.sum_rows(work)
+        y = layer.permutation.unpermute(y_ND, slots(full), weights, y)
+    return y, Kept(*bases, s_TR, mixed, *(rows_kept or (None, None)))
 
 
-def _slots_of(layer: Routed, experts) -> Tensor:
+def slots_of(layer: Routed, experts) -> Tensor:
     """slot_to_row (T, K) of these experts' slots alone; -1 elsewhere."""
     plan = layer.plan
     if len(experts) == plan.num_experts:
@@ -80,68 +86,74 @@ def _slots_of(layer: Routed, experts) -> Tensor:
     return torch.where(wanted[ids] > 0, plan.slot_to_row, -1)
 
 
-def _others(plan: RoutingPlan, own) -> RoutingPlan:
+def others(plan: RoutingPlan, own) -> RoutingPlan:
     """The plan where experts with rows of their own count as not chosen; rows keep their places."""
+    if not own:
+        return plan
     hidden = ranks_tensor(
         tuple(int(e in own) for e in range(plan.num_experts)), plan.indices.device
     )
     return plan._replace(expert_to_row=torch.where(hidden > 0, -1, plan.expert_to_row))
 
 
-def _fill_hidden(layer: Routed, products, sides, bases, own, slots_of, h_NF) -> None:
-    """The own experts' rows of h, the most expensive ones first: they are handed out in order."""
-    T, D = layer.x.shape
-    pairs = [side.factor_pairs() for side in sides[:2]]
+def shrunk_inputs(layer: Routed, sides, bases, own, slots):
+    """x permuted (N, D) for those of `own` that read it, else None; and A x of their low-rank
+    projections, by (0 gate or 1 up, expert): (T, rank padded), the rows of a segment."""
+    z, work, T = {}, [], layer.x.shape[0]
     reads_x = tuple(e for e in own if any(_reads_x(side, bases, e) for side in sides[:2]))
-    if reads_x:
-        x_ND = layer.permutation.permute(layer.x, layer.plan.row_to_slot, slots_of(reads_x))
-    shrinks, gates = [], []
+    if not reads_x:
+        return None, z
+    x_ND = layer.permutation.permute(layer.x, layer.plan.row_to_slot, slots(reads_x))
+    for index, side in enumerate(sides[:2]):
+        pairs = side.factor_pairs()
+        for e in own:
+            if side.ranks[e]:
+                z[index, e] = layer.x.new_empty(T, padded_rank(side.ranks[e]))
+                work.append(RowProducts(e, z[index, e], Term(x_ND, pairs[e][0])))
+    layer.sum_rows(work, None, SEGMENT)
+    return x_ND, z
+
+
+def fill_hidden(layer: Routed, sides, bases, own, inputs, h_NF, kept=None) -> None:
+    """The own experts' rows of h, the most expensive ones first: they are handed out in order.
+
+    inputs: `shrunk_inputs`; kept: rows (N, F) for what comes before the nonlinearity, of gate, up.
+    """
+    gates, (x_ND, z) = [], inputs
+    pairs = [side.factor_pairs() for side in sides[:2]]
     for e in own:
         terms, depth = [], 0
-        for side, side_pairs, base in zip(sides[:2], pairs, bases, strict=True):
+        for index, (side, base) in enumerate(zip(sides[:2], bases, strict=True)):
             kind = side.layout[e]
             if e == 0 and base is not None or kind == 0:
                 terms.append(Term(base=base))
             elif kind == FULL:
                 terms.append(Term(x_ND, side.full[e]))
-                depth += D
+                depth += layer.x.shape[1]
             else:
-                a, b = side_pairs[e]
-                z = layer.x.new_empty(T, padded_rank(kind))
-                shrinks.append(RowProducts(e, z, Term(x_ND, a)))
-                terms.append(Term(z, b, base, SEGMENT))
+                terms.append(Term(z[index, e], pairs[index][e][1], base, SEGMENT))
                 depth += kind
         gates.append((depth, RowProducts(e, h_NF, *terms)))
-    if shrinks:
-        shrinks.sort(key=lambda item: -item.out.shape[1])
-        products.sum_rows(shrinks, layer.plan, None, SEGMENT)
     gates.sort(key=lambda pair: -pair[0])
-    products.gated_rows([item for _, item in gates], layer.plan)
+    layer.products.gated_rows([item for _, item in gates], layer.plan, kept)
 
 
 def _reads_x(side: Projection, bases, e: int) -> bool:
     return bases[0] is None if e == 0 else side.layout[e] != 0
 
 
-def _shrunk(layer: Routed, products, down: Projection, own, h_NF, s_others, weights):
-    """s_down (T, R) = p A_d h and B_d (D, R) of all low-rank experts; columns of a token that did
-    not choose an expert are zero.
+def shrunk(layer: Routed, down: Projection, own, h_NF, s_others, weights) -> Tensor:
+    """s_down (T, R) = p A_d h of all low-rank experts, in the order and width of packed factors;
+    columns of a token that did not choose an expert are zero. s_others: of who is not `own`.
     """
-    low, plan, x = layer.packed[2], layer.plan, layer.x
-    pairs = down.factor_pairs()
-    mine = [e for e in own if pairs[e] is not None]
-    widths = [padded_rank(down.layout[e]) for e in mine]
-    fused = low.b.shape[1]
-    s_TR = x.new_zeros(x.shape[0], fused + sum(widths))
-    if low.any:
-        s_TR[:, :fused] = s_others
-    columns = s_TR[:, fused:].split(widths, 1)
-    order = sorted(zip(mine, columns, strict=True), key=lambda pair: -pair[1].shape[1])
-    work = [RowProducts(e, out, Term(h_NF, pairs[e][0])) for e, out in order]
-    if work:
-        products.sum_rows(work, plan, weights, TOKEN)
-    factors = [low.b]
-    for e, width in zip(mine, widths, strict=True):
-        b = pairs[e][1]
-        factors.append(torch.nn.functional.pad(b, (0, width - b.shape[1])))
-    return s_TR, torch.cat(factors, 1)
+    ranks, left = down.padded_ranks(RANK_MULTIPLE), layer.packed[2].ranks
+    s_TR = layer.x.new_zeros(layer.x.shape[0], sum(ranks))
+    work, taken, pairs = [], 0, down.factor_pairs()
+    for e, (out, rank) in enumerate(zip(s_TR.split(ranks, 1), left, strict=True)):
+        if rank:
+            out.copy_(s_others[:, taken : taken + rank])
+            taken += rank
+        elif e in own and pairs[e] is not None:
+            work.append(RowProducts(e, out, Term(h_NF, pairs[e][0])))
+    layer.sum_rows(work, weights, TOKEN)
+    return s_TR

@@ -11,6 +11,7 @@ from .. import backend
 from ..projection import FULL, RANK_MULTIPLE, Projection
 from ..ragged import (
     MAX_SET_EXPERTS,
+    SORTED,
     RoutingPlan,
     RowProducts,
     Term,
@@ -62,6 +63,7 @@ class Routed:
         width, hidden = sides[0].full[0].shape
         hopper = backend.hopper("grouped_gemm", x)
         self.hopper = hopper if hopper is not None and hopper.serves(hidden, width) else None
+        self.products = self.hopper or backend.kernels("grouped_gemm", x)
 
     def shrink(self, x, a, ranks, gather=False, weights=None) -> Tensor:
         plan = self.plan
@@ -87,13 +89,25 @@ class Routed:
         maps = (plan.row_offsets, ranks, plan.row_to_slot, self.top_k)
         return self.lowrank.factor_grad(z, x, *maps, gather, wanted)
 
+    def sum_rows(self, work: list[RowProducts], weights=None, place: int = SORTED) -> None:
+        """Grouped products, the widest results first: they are handed out in order."""
+        if work:
+            work = sorted(work, key=lambda item: -item.out.shape[1])
+            self.products.sum_rows(work, self.plan, weights, place)
+
     def full_rows(self, x: Tensor, side: Projection, out: Tensor, transpose: bool = False) -> None:
         """Fill the rows of experts 1.. that are full-size in this projection."""
         if side.has_extra_full:
             kernels = backend.kernels("grouped_gemm", x)
             kernels.grouped_gemm(x, side.extra_full, self.plan.row_offsets, transpose, out)
 
-    def hidden(self, gate_TF, up_TF, weights, plan: RoutingPlan, own=None) -> tuple[Tensor, Tensor]:
+    def shrunk(self) -> Tensor:
+        """s (T, R_gate + R_up): A x of all experts without rows of their own."""
+        return self.x @ joined([low.a for low in self.packed[:2]], 0).T
+
+    def hidden(
+        self, gate_TF, up_TF, weights, plan: RoutingPlan, s_TR, own=None
+    ) -> tuple[Tensor, Tensor]:
         """The token-major middle: one kernel of the compiled library on Hopper, else three.
 
         mixed (T, F) = sum_e p_e h_e and s_down (T, R) = p_e A_d,e h_e, 0 where e was not chosen.
@@ -101,7 +115,6 @@ class Routed:
         to mixed; the other rows may be written.
         """
         low_gate, low_up, low_down = self.packed
-        s_TR = self.x @ joined([low_gate.a, low_up.a], 0).T
         hopper = backend.hopper("token_major", gate_TF)
         ranks = [side.ranks for side in self.sides]
         rows_a_token = self.top_k if own else 0
@@ -161,11 +174,13 @@ class Routed:
 
 
 def mm(a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
-    """base + a b, kept in the accumulator's dtype (float32; float64 for float64)."""
+    """base + a b, kept in the accumulator's dtype (float32; float64 for float64), and in `base`'s
+    memory where that can be."""
     if a.dtype in (torch.float32, torch.float64):
         return a @ b if base is None else torch.addmm(base, a, b)
-    if a.device.type == "cuda":
-        product = torch.mm(a, b, out_dtype=torch.float32)
-    else:
+    if a.device.type != "cuda":
         product = a.float() @ b.float()
-    return product if base is None else base.add_(product)
+        return product if base is None else base.add_(product)
+    if base is None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.addmm(base, a, b, out_dtype=torch.float32, out=base)

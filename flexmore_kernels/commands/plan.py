@@ -33,6 +33,10 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--train", nargs="?", const="factors", choices=("factors", "all"),
         help="a step of training with AdamW: of the low-rank factors and routers, or of all",
     )  # fmt: skip
+    parser.add_argument(
+        "--recompute", action="store_true",
+        help="with --train: layers keep x alone and compute again what the backward needs of it",
+    )  # fmt: skip
     parser.add_argument("--all-logits", action="store_true", help="of every token, not the last")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument(
@@ -59,6 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         getattr(torch, arguments.dtype),
         arguments.all_logits or arguments.train is not None,
         hopper,
+        arguments.recompute,
     )
     plan = plan_memory(config, use)
     report: dict[str, Any] = plan.as_dict()
@@ -76,6 +81,7 @@ def _text(report: dict[str, Any]) -> str:
     lines = [
         f"{use['batch']} x {use['tokens']} tokens, {use['dtype']}"
         + (f", training {use['train']}" if use["train"] else "")
+        + (", recomputing" if use["recompute"] else "")
     ]
     parts = {name: report[name] for name in ("weights", "kv_cache", "optimizer") if report[name]}
     parts[f"at the peak: {stage}"] = report["stages"][stage]

@@ -17,9 +17,18 @@ import torch
 from torch import Tensor
 
 from .. import backend, schedule
-from ..checks import FLOATS, check_ids, check_ranks, check_tensor, check_weights, checks_values
+from ..checks import (
+    FLOATS,
+    check_ids,
+    check_one_of,
+    check_ranks,
+    check_tensor,
+    check_weights,
+    checks_values,
+)
+from ..kept import Kept, given, keeps, possible, shapes
 from ..library import define
-from ..projection import FULL, Projection, flatten, shared_of, unflatten
+from ..projection import FULL, Projection, flatten, unflatten
 from ..ragged import StackedFactors
 from ..slow_paths import contiguous
 
@@ -37,6 +46,7 @@ def experts(
     down: Weights,
     *,
     counts: Tensor | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """Apply each token's experts and sum them: y_t = sum_k weights[t, k] E_{indices[t, k]}(x_t).
 
@@ -56,6 +66,10 @@ def experts(
         counts: (E,) int, the form for callers that dispatch themselves: x is (N, D), rows sorted by
             expert, `counts` rows each; rows past their sum get zeros. `weights` is (N,) or None for
             1. Each row is an output: y_n = weights[n] E_e(x_n).
+        recompute: keep for the backward only x, the routing and, where a factor B of down is
+            trained, a number a token and unit of rank, not G = x W_g^T and U = x W_u^T, (T, F)
+            each, nor what else kept.py lists; it computes them again, 4 T D F operations, to the
+            same bits.
 
     Returns: (T, D) in x's dtype. Base and delta are added before rounding, in float32 (float64).
     Raises ValueError or TypeError naming the argument; ids out of range or repeated within a token
@@ -64,6 +78,7 @@ def experts(
     Source: FlexMoRE (arXiv 2602.08818); that its base can be shared follows from linearity.
     """
     check_tensor("x", x, ("N" if counts is not None else "T", "D"), FLOATS)
+    check_one_of("recompute", recompute, (False, True))
     sides = [
         _projection(name, given) for name, given in (("gate", gate), ("up", up), ("down", down))
     ]
@@ -83,8 +98,12 @@ def experts(
     saves = torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in (x, weights, *tensors)
     )
+    flags = [False] * len(Kept._fields)
+    if saves:
+        flags = list(keeps(sides, recompute))
     return torch.ops.flexmore.experts(
-        x, indices.to(torch.int64), weights, tensors, layout, [s.stacked for s in sides], saves
+        *(x, indices.to(torch.int64), weights),
+        *(tensors, layout, [s.stacked for s in sides], saves, flags),
     )[0]
 
 
@@ -172,25 +191,24 @@ def _sorted_rows(x, indices, weights, counts, num_experts) -> tuple[Tensor, Tens
     return indices, weights.unsqueeze(1)
 
 
-def _experts(x, indices, weights, tensors, layout, stacked, saves):
+def _experts(x, indices, weights, tensors, layout, stacked, saves, flags):
     if checks_values(indices):
         check_ids("indices", indices, len(layout) // 3)
     x, weights = contiguous("x", x), weights.contiguous()
     sides = unflatten(tensors, layout, stacked)
+    y, kept = None, Kept()
     if not saves and 0 < x.shape[0] <= schedule.DECODE_TOKENS:
         y = _decode(x, indices, weights, sides)
-        if y is not None:
-            return y, x.new_empty((0, 0)), x.new_empty((0, 0))
-    y, gate, up = backend.kernels(_kernels, x).forward(x, indices, weights, sides)
-    if saves and _shares_base(layout):
-        return y, gate, up
-    return y, x.new_empty((0, 0)), x.new_empty((0, 0))
+    if y is None:
+        kernels = backend.kernels(_kernels, x)
+        y, kept = kernels.forward(x, indices, weights, sides, _possible(flags, x))
+    outputs = zip(kept, _possible(flags, x), strict=True)
+    return y, *(x.new_empty((0, 0)) if t is None or not kept else t for t, kept in outputs)
 
 
-def _shares_base(layout) -> bool:
-    """Whether an expert besides 0 uses the base's gate and up, so that G and U are saved."""
-    E = len(layout) // 3
-    return E == 1 or shared_of((layout[:E], layout[E : 2 * E], layout[2 * E :])).hidden
+def _possible(flags, x: Tensor) -> Kept:
+    known = backend.available(_kernels, x.device)  # none for "meta"
+    return possible(flags, bool(known) and backend.chosen(_kernels, x.device) == "triton")
 
 
 def _decode(x, indices, weights, sides) -> Tensor | None:
@@ -211,34 +229,31 @@ def _decode(x, indices, weights, sides) -> Tensor | None:
     return kernels.decode(x, indices.contiguous(), weights, sides)
 
 
-def _experts_fake(x, indices, weights, tensors, layout, stacked, saves):
-    shape = (x.shape[0], tensors[0].shape[0]) if saves and _shares_base(layout) else (0, 0)
-    return x.new_empty(x.shape), x.new_empty(shape), x.new_empty(shape)
+def _experts_fake(x, indices, weights, tensors, layout, stacked, saves, flags):
+    sizes = shapes(_possible(flags, x), *indices.shape, tensors[0].shape[0], layout)
+    return x.new_empty(x.shape), *(x.new_empty(size) for size in sizes)
 
 
-def _experts_backward(dy, x, indices, weights, gate, up, tensors, layout, stacked, needs):
-    x, sides = x.contiguous(), unflatten(tensors, layout, stacked)
-    if not _shares_base(layout):
-        gate, up = (x @ side.full[0].T for side in sides[:2])
+def _experts_backward(dy, x, indices, weights, kept, tensors, layout, stacked, needs):
+    x, sides, kept = x.contiguous(), unflatten(tensors, layout, stacked), given(kept)
     dx, dweights, sides = backend.kernels(_kernels, x).backward(
-        dy.contiguous(),
-        x,
-        indices,
-        weights.contiguous(),
-        gate,
-        up,
-        sides,
-        needs[:2],
-        unflatten(needs[2:], layout, stacked),
+        *(dy.contiguous(), x, indices, weights.contiguous(), kept, sides),
+        *(needs[:2], unflatten(needs[2:], layout, stacked)),
     )
     grads = [dx, dweights, *(grad for side in sides for grad in side.tensors)]
+    like = (x, weights, *tensors)
     return [
-        x.new_empty(0) if grad is None or not need else grad.contiguous()
-        for grad, need in zip(grads, needs, strict=True)
+        _gradient(*given) if need else x.new_empty(0)
+        for *given, need in zip(grads, like, needs, strict=True)
     ]
 
 
-def _experts_backward_fake(dy, x, indices, weights, gate, up, tensors, layout, stacked, needs):
+def _gradient(grad: Tensor | None, of: Tensor) -> Tensor:
+    """Contiguous; None, of what nothing depends on, such as factors of no rank, is zero."""
+    return of.new_zeros(of.shape) if grad is None else grad.contiguous()
+
+
+def _experts_backward_fake(dy, x, indices, weights, kept, tensors, layout, stacked, needs):
     like = (x, weights, *tensors)
     return [
         tensor.new_empty(tensor.shape if need else (0,))
@@ -247,19 +262,20 @@ def _experts_backward_fake(dy, x, indices, weights, gate, up, tensors, layout, s
 
 
 def _setup_experts(ctx, inputs, output):
-    x, indices, weights, tensors, ctx.layout, ctx.stacked, _ = inputs
-    ctx.save_for_backward(x, indices, weights, output[1], output[2], *tensors)
+    x, indices, weights, tensors, ctx.layout, ctx.stacked, *_ = inputs
+    ctx.save_for_backward(x, indices, weights, *output[1:], *tensors)
     ctx.set_materialize_grads(False)
 
 
-def _backward_experts(ctx, dy, dgate, dup):
-    x, indices, weights, gate, up, *tensors = ctx.saved_tensors
-    nones = (None, None, None)
+def _backward_experts(ctx, dy, *_):
+    x, indices, weights, *saved = ctx.saved_tensors
+    kept, tensors = saved[: len(Kept._fields)], saved[len(Kept._fields) :]
+    nones = (None,) * 4
     if dy is None:
         return None, None, None, [None] * len(tensors), *nones
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], *ctx.needs_input_grad[3]]
     grads = torch.ops.flexmore.experts_backward(
-        dy, x, indices, weights, gate, up, tensors, ctx.layout, ctx.stacked, needs
+        dy, x, indices, weights, kept, tensors, ctx.layout, ctx.stacked, needs
     )
     grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
     return grads[0], None, grads[1], grads[2:], *nones
@@ -267,14 +283,15 @@ def _backward_experts(ctx, dy, dgate, dup):
 
 define(
     "experts(Tensor x, Tensor indices, Tensor weights, Tensor[] tensors, int[] layout,"
-    " bool[] stacked, bool saves) -> (Tensor, Tensor, Tensor)",
+    " bool[] stacked, bool saves, bool[] flags) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,"
+    " Tensor, Tensor)",
     _experts,
     _experts_fake,
     backward=_backward_experts,
     setup_context=_setup_experts,
 )
 define(
-    "experts_backward(Tensor dy, Tensor x, Tensor indices, Tensor weights, Tensor gate, Tensor up,"
+    "experts_backward(Tensor dy, Tensor x, Tensor indices, Tensor weights, Tensor[] kept,"
     " Tensor[] tensors, int[] layout, bool[] stacked, bool[] needs) -> Tensor[]",
     _experts_backward,
     _experts_backward_fake,

@@ -220,8 +220,12 @@ def _backward_topk_route_linear(ctx, dlogits_out, dweights, _):
     )
     dbias = _dbias(dlogits, bias) if ctx.needs_input_grad[2] else None
     dlogits = (dlogits + dlogits_out).to(x.dtype)
+    E = weight.shape[0]
+    if x.element_size() == 2 and E % 8:  # cuBLAS's fast kernels need rows of 16 bytes
+        dlogits = torch.nn.functional.pad(dlogits, (0, -E % 8))
+        weight = torch.nn.functional.pad(weight, (0, 0, 0, -E % 8))
     dx = dlogits @ weight if ctx.needs_input_grad[0] else None
-    dweight = dlogits.T @ x if ctx.needs_input_grad[1] else None
+    dweight = (dlogits.T @ x)[:E] if ctx.needs_input_grad[1] else None
     return dx, dweight, dbias, None, None, None, None
 
 

@@ -15,10 +15,12 @@ from .decoding import BUGS as _decoding
 from .gpu import BUGS as _gpu
 from .library import BUGS as _library
 from .own_rows import BUGS as _own_rows
+from .training import BUGS as _training
 from .triton_kernels import BUGS as _triton_kernels
 
 __all__ = ["BUGS", "Bug"]
 
 BUGS: tuple[Bug, ...] = (
-    *_triton_kernels, *_own_rows, *_around_kernels, *_checkpoints, *_decoding, *_library, *_gpu,
+    *_triton_kernels, *_own_rows, *_training, *_around_kernels, *_checkpoints, *_decoding,
+    *_library, *_gpu,
 )  # fmt: skip

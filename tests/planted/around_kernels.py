@@ -33,8 +33,8 @@ BUGS = (
         "routing weights without a gradient",
         "Detached as if routing were a constant: training goes on, the router learns nothing.",
         LAYER,
-        "        p_TK = _cast(routing.weights, ",
-        "        p_TK = _cast(routing.weights.detach(), ",
+        "        p_TK = cast(routing.weights, ",
+        "        p_TK = cast(routing.weights.detach(), ",
         "tests/test_layer.py",
     ),
     Bug(

@@ -28,7 +28,7 @@ BUGS = (
     Bug(
         "a segment's rows read at their sorted place",
         "z holds each expert's rows from its first row on, x all experts' rows in order.",
-        "flexmore_kernels/_triton/grouped_gemm.py",
+        "flexmore_kernels/_triton/row_products.py",
         "SORTED_0=item.first.place != SEGMENT,",
         "SORTED_0=True,",
         "tests/test_own_rows.py",
