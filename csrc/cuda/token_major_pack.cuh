@@ -165,6 +165,7 @@ struct BackwardGiven {
         STD_TORCH_CHECK(num_experts <= kMaxSet && F % 16 == 0 && F < (1 << 30), op, ": at most ",
                         kMaxSet, " experts and a width that is a multiple of 16; got ", num_experts,
                         " and ", F);
+        STD_TORCH_CHECK(T * (F / 8) < int64_t(1) << 32, op, ": too many tokens: ", T);
     }
 
     template <class M>

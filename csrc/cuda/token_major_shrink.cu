@@ -102,8 +102,7 @@ Tensor token_input_grads(Tensor dmixed_TF, Tensor gate_TF, Tensor up_TF, Tensor 
     check_tensor(row_offsets, "row_offsets", 1, ScalarType::Int);
     check_size(row_offsets, "row_offsets", 0, E + 1);
     check_same_device(gate_TF, {&row_offsets});
-    STD_TORCH_CHECK(N / kRows < (1 << 16) - kMaxLowRank && T * (F / 8) < int64_t(1) << 32,
-                    "token_input_grads: too many tokens");
+    STD_TORCH_CHECK(N / kRows < (1 << 16) - kMaxLowRank, "token_input_grads: too many tokens: ", T);
     Shrink m{};
     Factors factors{};
     const Widths widths = fill_experts(m.experts, factors, gate_TF, {&b_gate, &b_up, &a_down},
