@@ -98,3 +98,10 @@ def test_stacked_factors_of_no_rank(device, kernels):
     y = ops.experts(x.requires_grad_(), indices, weights, *sides)
     da, db = torch.autograd.grad(y.sum(), (a, b))
     assert da.shape == a.shape and db.shape == b.shape
+
+
+def test_factors_of_rank_0_are_refused():
+    x, indices, weights, gate, up, down = make(CASES["small ranks"], "cpu", torch.float64)
+    gate[1] = (torch.empty(0, 5, dtype=x.dtype), torch.empty(6, 0, dtype=x.dtype))
+    with pytest.raises(ValueError, match=r"^gate\[1\]: got factors of rank 0; accepted"):
+        ops.experts(x, indices, weights, gate, up, down)

@@ -41,7 +41,11 @@ CASES = {
         ALL,
     ),
     "gradients of rows in parts": (
-        Setup((0, 72, 80), 1300, BF16, hidden=64, intermediate=48),
+        Setup((0, 72, 8), 1300, BF16, hidden=64, intermediate=48),
+        ("experts",),
+    ),
+    "columns in parts": (
+        Setup((0, 16, 5, 3), 9, BF16, hidden=64, intermediate=1040),
         ("experts",),
     ),
     "plan of several blocks": (

@@ -58,7 +58,7 @@ void launch(FactorGrads& m, int64_t num_rows, int64_t num_experts, const Tensor&
                        ScalarType::Float);
         m.planes = mutable_data<float>(planes);
     }
-    factor_grads_gather<T><<<grid_size(steps), 256, 0, stream>>>(m);
+    factor_grads_gather_kernel<T><<<grid_size(steps), 256, 0, stream>>>(m);
     check_launch("token_factor_grads: gather");
     const auto kernel = factor_grads_kernel<T>;
     const int shared = sizeof(SharedFactors);
@@ -67,7 +67,7 @@ void launch(FactorGrads& m, int64_t num_rows, int64_t num_experts, const Tensor&
     kernel<<<grid_size(items * m.parts), factor_grads_impl::kThreads, shared, stream>>>(m);
     check_launch("token_factor_grads");
     if (m.parts > 1) {
-        factor_grads_sum<T><<<grid_size(items), kConsumers * kWarpgroup, 0, stream>>>(m);
+        factor_grads_sum_kernel<T><<<grid_size(items), kConsumers * kWarpgroup, 0, stream>>>(m);
         check_launch("token_factor_grads: sum");
     }
 }

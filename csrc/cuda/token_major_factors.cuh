@@ -235,7 +235,7 @@ __device__ void sum_planes(const FactorGrads& m, int item, int group) {
 }
 template <class T>
 __global__ void __launch_bounds__(kConsumers* kWarpgroup)
-    factor_grads_sum(const __grid_constant__ FactorGrads m) {
+    factor_grads_sum_kernel(const __grid_constant__ FactorGrads m) {
     const int item = blockIdx.x, group = threadIdx.x / kWarpgroup;
     const int depth = m.experts.depth[m.expert[item % m.count]];
     if (depth == 64) {

@@ -64,7 +64,8 @@ __device__ __forceinline__ int first_step(const FactorGrads& m, int which) {
 
 // Gathers what is the same for all columns, once: of every step its operands, weights and tokens.
 template <class T>
-__global__ void __launch_bounds__(256) factor_grads_gather(const __grid_constant__ FactorGrads m) {
+__global__ void __launch_bounds__(256)
+    factor_grads_gather_kernel(const __grid_constant__ FactorGrads m) {
     int which = 0, step = blockIdx.x;
     for (; which < m.count; ++which) {
         const int e = m.expert[which];

@@ -83,7 +83,7 @@ void launch(Shrink& m, const Factors& factors, const Widths& widths, int64_t num
              stream>>>(m);
     check_launch("token_input_grads");
     if (m.num_planes > 1) {
-        token_shrink_sum<T><<<grid_size(tiles), kConsumers * kWarpgroup, 0, stream>>>(m);
+        token_shrink_sum_kernel<T><<<grid_size(tiles), kConsumers * kWarpgroup, 0, stream>>>(m);
         check_launch("token_input_grads: sum");
     }
 }

@@ -195,7 +195,7 @@ __device__ void sum_planes(const Shrink& m, const Tile& tile, int group) {
 }
 template <class T>
 __global__ void __launch_bounds__(kConsumers* kWarpgroup)
-    token_shrink_sum(const __grid_constant__ Shrink m) {
+    token_shrink_sum_kernel(const __grid_constant__ Shrink m) {
     const Tile tile = find_tile(m);
     if (tile.rows <= 0) return;
     const int group = threadIdx.x / kWarpgroup, depth = m.experts.depth[tile.expert];

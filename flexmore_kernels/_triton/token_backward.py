@@ -36,7 +36,7 @@ from .routed import Packed, Routed, mm
 def backward(dy, x, indices, weights, kept: Kept, sides, own: tuple[int, ...], needs, side_needs):
     """(dx, dweights, gradients of the three projections), None where not needed."""
     state = _Backward(dy, x, indices, weights, kept, sides, own, needs, side_needs)
-    if own:
+    if own and state.needs_own_rows:
         state.own_middle()
     if 0 not in own and state.needs_hidden:
         state.token_middle()
@@ -61,23 +61,36 @@ class _Backward:
         self.layer = Routed(x, indices, [side.without(own) for side in sides])
         self.slots = functools.cache(functools.partial(slots_of, self.layer))
         self.packed = [Packed(side) for side in sides]
-        self.bases = kept[:2]
-        if self.shared.hidden and kept.gate is None:
-            self.bases = tuple(x @ side.full[0].T for side in sides[:2])
         self.by_shared = added_to_hidden(self.layouts, own)
         hidden_needs = [need for side in side_needs[:2] for need in side.tensors]
         self.needs_hidden = (
             self.need_x or self.need_weights or any(hidden_needs) or self.grads[2].wants_any(A)
         )
-        self.dmixed = None
-        if self.shared.down and (own or self.needs_hidden):
-            self.dmixed = dy @ sides[2].full[0]
         self.dweights = torch.zeros_like(weights) if self.need_weights else None
         self.dbases: list[Tensor | None] = [None, None]
         self.ds_others = None
         self.mixed, self.s_down = kept.mixed, kept.s_down
         self.work: list[RowGrads] = []
         self.need_s = self.need_x or any(grads.wants_any(A) for grads in self.grads[:2])
+
+    @functools.cached_property
+    def bases(self) -> tuple[Tensor | None, Tensor | None]:
+        """G and U, if any expert uses them."""
+        if self.shared.hidden and self.kept.gate is None:
+            return tuple(self.x @ side.full[0].T for side in self.sides[:2])
+        return self.kept[:2]
+
+    @functools.cached_property
+    def dmixed(self) -> Tensor | None:
+        """The hidden sum's gradient, if any expert uses the base's down matrix."""
+        return self.dy @ self.sides[2].full[0] if self.shared.down else None
+
+    @property
+    def needs_own_rows(self) -> bool:
+        """Whether anything that is wanted is computed from h of own experts' rows."""
+        down = self.grads[2]
+        again = self.wants_mixed or (down.wants_any(B) and self.s_down is None)
+        return self.needs_hidden or again or any(down.needs.full[e] for e in self.own)
 
     def own_middle(self) -> None:
         """dg, du and p h of own experts' rows; from them all that has a row, not a token."""

@@ -127,6 +127,8 @@ def _projection(name: str, given: Weights) -> Projection:
             a = entry[0]
             if not isinstance(a, Tensor) or a.dim() != 2:
                 check_tensor(f"{name}[{e}][0]", a, ("r", "in"))
+            if not a.shape[0]:
+                raise ValueError(f"{name}[{e}]: got factors of rank 0; accepted: from 1, or None")
             full.append(None)
             factors.append(tuple(entry))
             layout.append(a.shape[0])

@@ -56,7 +56,7 @@ BUGS = (
         "a gradient by token without the routing weight",
         "h and dp are of the expert alone; what flows back to gate and up is weighted.",
         "csrc/cuda/token_major_backward.cuh",
-        "const float weighted = p[j / 2 % 2] * dh[j];",
+        "const float weighted = p[row] * dh[j];",
         "const float weighted = dh[j];",
         "tests/test_token_major_backward.py -k bfloat16",
         "gpu",
