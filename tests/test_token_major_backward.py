@@ -83,7 +83,7 @@ def test_gradients_of_the_middle(case, dtype, device, kernels):
     names = ("dgate", "dup", "rows of dgate", "rows of dup", "rows of h", "dp")
     draws: dict[str, tuple[list, list, list]] = {name: ([], [], []) for name in names}
     ids = some_ids(case.tokens, E, case.top_k, case.empty).to(device)
-    for _ in range(DRAWS):
+    for _ in range(24 if case.tokens == 1 else DRAWS):  # a handful of numbers is right by luck
         inputs = make_inputs(case, device, dtype)
         dmixed = make_x(case.tokens, case.width, device, dtype)
         dy = make_x(case.tokens, case.hidden, device, dtype)
@@ -113,7 +113,7 @@ def test_gradients_of_the_middle(case, dtype, device, kernels):
                     kept.append(part)
     for name, (outs, exact, same) in draws.items():
         if outs:
-            assert_accurate_draws(outs, exact, same, name)
+            assert_accurate_draws(outs[-DRAWS:], exact, same, name)
 
 
 @pytest.mark.parametrize("writes", ((0, 0, 0, 0), (0, 1, 0, 0), (0, 2, 4, 6)), ids=str)
