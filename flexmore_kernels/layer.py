@@ -56,8 +56,9 @@ class FlexMoRE(Preparable):
         router, shared_expert: "linear" and False are what there is.
         router_dtype: dtype of the router's logits; None is x's dtype, as Hugging Face does.
         stacked_factors: keep the factors of all experts in six parameters; default: when E > 64.
-        recompute: between forward and backward keep x alone, not the base's products, 2 F numbers a
-            token, which the backward computes again, to the same bits; an attribute.
+        recompute: between forward and backward keep x and a number a token and unit of rank, not
+            the base's products, 2 F numbers a token, which the backward computes again, to the
+            same bits; an attribute.
 
     `state_dict()` has the keys of the authors' checkpoints: `gate.weight` (E, D),
     `gate.expert_bias`, `experts.{e}.{gate,up,down}_proj.weight` where full-size,

@@ -247,7 +247,7 @@ def advice(config: FlexMoREConfig, use: Use, available: int) -> list[str]:
     if use.batch > 1 and (batch := largest(lambda n: fits(batch=n), use.batch)):
         found.append(f"--batch {batch}")
     if use.train and not use.recompute and fits(recompute=True):
-        found.append("--recompute: layers keep x alone, and compute its products again")
+        found.append("--recompute: layers keep little besides x, and compute its products again")
     if use.train == "all":
         tokens = largest(lambda n: fits(tokens=n, train="factors"), use.tokens)
         fewer = f" --tokens {tokens}" if tokens < use.tokens else ""

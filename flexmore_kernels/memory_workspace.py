@@ -143,9 +143,8 @@ def backward_bytes(
         columns = T * (2 * sum(padded[: 2 * E]) + sum(padded[2 * E :])) * w
         rows = 0 if hopper or 0 in how.own or not low_rank else 3 * N * F * w
         if how.own:
-            inputs = (
-                0 if FULL in (*layouts[0][1:], *layouts[1][1:]) else 2
-            )  # else saved, or `again`
+            # gate and up by rows; where any is full-size they were saved, or are in `again`.
+            inputs = 0 if FULL in (*layouts[0][1:], *layouts[1][1:]) else 2
             rows = max(rows, (3 + inputs) * N * F * w + (2 + extra_full) * N * D * w)
         return by_token + columns + rows + 2 * T * D * w + 2 * packed + again
     own_rows = N * D * w * (int(low_rank) + int(extra_full))

@@ -64,10 +64,9 @@ def padded(b: Tensor) -> Tensor:
 
 def ours(hopper, inputs, ids: Tensor, dmixed: Tensor, dy: Tensor, wanted=None) -> tuple:
     from flexmore_kernels._triton.routed import Routed
-    from flexmore_kernels.ragged import joined
 
     layer = Routed(inputs.x, ids, [projection(side) for side in inputs.sides])
-    s = inputs.x @ joined([side.a for side in layer.packed[:2]], 0).T
+    s = layer.shrunk()
     q = dy @ layer.packed[2].b
     wanted = wanted or [[True] * len(inputs.sides[0])] * 3
     given = (dmixed, inputs.gate, inputs.up, inputs.weights, layer.plan, s, q, layer.sides)

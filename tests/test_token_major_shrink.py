@@ -56,11 +56,10 @@ def plain(inputs, ids: Tensor, dmixed: Tensor, dy: Tensor) -> list[Tensor]:
 
 def ours(hopper, inputs, ids: Tensor, dmixed: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
     from flexmore_kernels._triton.routed import Routed
-    from flexmore_kernels.ragged import joined
 
     layer = Routed(inputs.x, ids, [projection(side) for side in inputs.sides])
     gate, up, down = layer.packed
-    s, q = inputs.x @ joined([gate.a, up.a], 0).T, dy @ down.b
+    s, q = layer.shrunk(), dy @ down.b
     given = (dmixed, inputs.gate, inputs.up, inputs.weights, layer.plan, s, q, layer.sides)
     return hopper.input_grads(*given).split([len(gate.a), len(up.a)], 1)
 

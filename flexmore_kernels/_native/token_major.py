@@ -83,14 +83,10 @@ def mix_backward(
     """dgate, dup (T, F), and dp of each row, (N,), in float32: `_triton/token_major_backward.py`'s
     without rows, for what `serves`.
     """
-    pairs = [[pair for pair in side.factor_pairs() if pair is not None] for side in sides]
     dgate_TF, dup_TF, planes = _ops.token_mix_backward(
         *(dmixed_TF, gate_TF, up_TF, weights_TK),
         *(plan.token_order, plan.expert_to_row, plan.row_to_slot, s_TR, q_TR),
-        [b for _, b in pairs[0]],
-        [b for _, b in pairs[1]],
-        [a for a, _ in pairs[2]],
-        *(side.ranks for side in sides),
+        *_factors(sides),
     )
     return dgate_TF, dup_TF, planes.sum(0)
 
@@ -111,14 +107,10 @@ def factor_grads(
     Of what `mix_backward` is given, for what `serves`, each from h, dg and du formed anew. wanted:
     of gate, up and down each expert's; the others' columns (rows of A_down) hold anything.
     """
-    pairs = [[pair for pair in side.factor_pairs() if pair is not None] for side in sides]
     return _ops.token_factor_grads(
         *(dmixed_TF, gate_TF, up_TF, weights_TK),
         *(plan.row_offsets, plan.row_to_slot, s_TR, q_TR),
-        [b for _, b in pairs[0]],
-        [b for _, b in pairs[1]],
-        [a for a, _ in pairs[2]],
-        *(side.ranks for side in sides),
+        *_factors(sides),
         [gate + 2 * up + 4 * down for gate, up, down in zip(*wanted, strict=True)],
     )
 
@@ -137,12 +129,15 @@ def input_grads(
 
     Of what `mix_backward` is given, for what `serves`, from dg and du formed anew.
     """
-    pairs = [[pair for pair in side.factor_pairs() if pair is not None] for side in sides]
     return _ops.token_input_grads(
         *(dmixed_TF, gate_TF, up_TF, weights_TK),
         *(plan.row_offsets, plan.row_to_slot, s_TR, q_TR),
-        [b for _, b in pairs[0]],
-        [b for _, b in pairs[1]],
-        [a for a, _ in pairs[2]],
-        *(side.ranks for side in sides),
+        *_factors(sides),
     )
+
+
+def _factors(sides: Sequence[Projection]) -> list:
+    """What the kernels of the backward read of them: B of gate, B of up, A of down; the ranks."""
+    pairs = [[pair for pair in side.factor_pairs() if pair is not None] for side in sides]
+    read = [[b for _, b in pairs[0]], [b for _, b in pairs[1]], [a for a, _ in pairs[2]]]
+    return [*read, *(side.ranks for side in sides)]

@@ -35,7 +35,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--recompute", action="store_true",
-        help="with --train: layers keep x alone and compute again what the backward needs of it",
+        help="with --train: layers keep little besides x and compute again what the backward needs",
     )  # fmt: skip
     parser.add_argument("--all-logits", action="store_true", help="of every token, not the last")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")

@@ -198,14 +198,14 @@ def _experts(x, indices, weights, tensors, layout, stacked, saves, flags):
         check_ids("indices", indices, len(layout) // 3)
     x, weights = contiguous("x", x), weights.contiguous()
     sides = unflatten(tensors, layout, stacked)
-    y, kept = None, Kept()
+    y, kept, wanted = None, Kept(), _possible(flags, x)
     if not saves and 0 < x.shape[0] <= schedule.DECODE_TOKENS:
         y = _decode(x, indices, weights, sides)
     if y is None:
         kernels = backend.kernels(_kernels, x)
-        y, kept = kernels.forward(x, indices, weights, sides, _possible(flags, x))
-    outputs = zip(kept, _possible(flags, x), strict=True)
-    return y, *(x.new_empty((0, 0)) if t is None or not kept else t for t, kept in outputs)
+        y, kept = kernels.forward(x, indices, weights, sides, wanted)
+    outputs = zip(kept, wanted, strict=True)
+    return y, *(x.new_empty((0, 0)) if t is None or not want else t for t, want in outputs)
 
 
 def _possible(flags, x: Tensor) -> Kept:
@@ -245,8 +245,8 @@ def _experts_backward(dy, x, indices, weights, kept, tensors, layout, stacked, n
     grads = [dx, dweights, *(grad for side in sides for grad in side.tensors)]
     like = (x, weights, *tensors)
     return [
-        _gradient(*given) if need else x.new_empty(0)
-        for *given, need in zip(grads, like, needs, strict=True)
+        _gradient(grad, tensor) if need else x.new_empty(0)
+        for grad, tensor, need in zip(grads, like, needs, strict=True)
     ]
 
 
