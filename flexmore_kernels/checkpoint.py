@@ -5,7 +5,8 @@ The authors' format, whose names every function of the package uses:
     config.json                        FlexOlmo's fields and `expert_ranks`, E entries
     model.safetensors                  all tensors; or, when there are many,
     model.safetensors.index.json       which of the model-*.safetensors holds each tensor
-    model.layers.{l}.mlp.gate.weight                            (E, D), the router
+    model.layers.{l}.mlp.gate.weight                            (E, D), the router; a projected one:
+                                  gate.projector_in.weight, projector_out.weight, domain_embeddings
     model.layers.{l}.mlp.experts.{e}.{P}_proj.weight            (out, in), a full-size expert
     model.layers.{l}.mlp.experts.{e}.{P}_proj_a.weight, _b      (r, in), (out, r), a low-rank one
 
@@ -43,6 +44,7 @@ from .checkpoint_layout import (
 from .checkpoint_writer import write_config, write_index, write_tensors
 from .layer import FlexMoRE
 from .model import FlexMoREConfig, FlexMoREForCausalLM
+from .router_kinds import ROUTER_FIELDS
 
 DEMO_RANKS = (0, 1, 8, 32, 128, 256, 0)
 """Of the checkpoint that the demo makes: 1 to a few hundred, and one full-size expert."""
@@ -113,6 +115,7 @@ def layer_arguments(layout: Layout, layer: int) -> dict[str, Any]:
         "norm_topk_prob": config.get("norm_topk_prob", False),
         "scoring": config.get("scoring", "softmax"),
         "expert_bias": layout.expert_bias,
+        **{name: config[name] for name in ROUTER_FIELDS if name in config},
     }
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .checkpoint_config import AUTO_MAP, RANK_KEYS, as_triple, largest_ranks, with_ranks
 from .checkpoint_layout import FUSED, KINDS, PROJECTIONS, mlp_prefix
+from .router_kinds import ROUTER_FIELDS
 
 _ARCHITECTURES = {"flexmore": "FlexMoREForCausalLM", "flex_olmo": "FlexOlmoForCausalLM"}
 
@@ -120,6 +121,9 @@ def check_kind(
     scoring = config.get("scoring", "softmax")
     if scoring != "softmax":
         raise ValueError(f"scoring: got {scoring!r}; accepted by kind {kind!r}: 'softmax'")
+    for name in ROUTER_FIELDS:
+        if config.get(name) not in (None, False, "linear"):
+            raise ValueError(f"{name}: got {config[name]!r}; kind {kind!r} has no place for it")
     if expert_bias:
         raise ValueError(f"mlp.gate.expert_bias: kind {kind!r} has no place for it")
 
@@ -147,7 +151,7 @@ def config_for(
     if config.get("model_type", "flexmore") != model_type or not config.get("architectures"):
         found["architectures"] = [_ARCHITECTURES[model_type]]
     if model_type == "flex_olmo":
-        for name in (*RANK_KEYS, "scoring", "expert_bias"):
+        for name in (*RANK_KEYS, *ROUTER_FIELDS, "scoring", "expert_bias"):
             found.pop(name, None)
         # transformers has kept the angle there since version 5.
         if "rope_parameters" not in found and "rope_theta" in found:

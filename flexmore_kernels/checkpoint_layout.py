@@ -33,6 +33,7 @@ from .checkpoint_config import (
     shortest,
 )
 from .checkpoint_headers import FLOAT_BYTES, Stored, ZeroTails, read_headers, read_json
+from .router_kinds import check_router_fields, router_shapes
 
 PROJECTIONS = ("gate", "up", "down")
 FUSED = ("experts.gate_up_proj", "experts.down_proj")
@@ -88,6 +89,7 @@ def read_layout(directory: str | os.PathLike) -> Layout:
     stored = read_headers(directory)
     kind = _kind(model_type, stored)
     config = check_config(config)
+    check_router_fields(config)
     parts = _canonical(config, stored, kind)
     shapes = {name: part.shape for name, part in parts.items()}
     said_ranks = layer_ranks_of(config, shapes)
@@ -108,7 +110,7 @@ def tensor_shapes(
     config: Mapping[str, Any], layer_ranks: Sequence[Sequence], expert_bias: bool = False
 ) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a checkpoint with these ranks holds."""
-    D, F, E = config["hidden_size"], config["intermediate_size"], config["num_experts"]
+    D, F = config["hidden_size"], config["intermediate_size"]
     head = config.get("head_dim") or D // config["num_attention_heads"]
     heads = config["num_attention_heads"] * head
     groups = (config.get("num_key_value_heads") or config["num_attention_heads"]) * head
@@ -124,10 +126,9 @@ def tensor_shapes(
             f"{block}self_attn.k_norm.weight": (groups,),
             f"{block}post_attention_layernorm.weight": (D,),
             f"{block}post_feedforward_layernorm.weight": (D,),
-            f"{mlp_prefix(layer)}gate.weight": (E, D),
         }
-        if expert_bias:
-            shapes[f"{mlp_prefix(layer)}gate.expert_bias"] = (E - 1,)
+        for name, shape in router_shapes(config, expert_bias).items():
+            shapes[f"{mlp_prefix(layer)}gate.{name}"] = shape
         for expert, entry in enumerate(ranks):
             for projection, kind in zip(PROJECTIONS, as_triple(entry), strict=True):
                 name = f"{mlp_prefix(layer)}experts.{expert}.{projection}_proj"

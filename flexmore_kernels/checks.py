@@ -132,8 +132,11 @@ def check_ids(name: str, indices: Tensor, num_experts: int) -> None:
         )
 
 
-def check_routable(logits: Tensor, mask: Tensor | None) -> None:
-    """Check that each token has an expert to go to and no NaN among its allowed logits."""
+def check_routable(logits: Tensor, mask: Tensor | None, shared: int | None = None) -> None:
+    """Check that each token has an expert to go to and no NaN among its allowed logits.
+
+    The logit of a shared expert is not looked at.
+    """
     if mask is not None:
         none = ~mask.any(dim=-1)
         if bool(none.any()):
@@ -142,6 +145,8 @@ def check_routable(logits: Tensor, mask: Tensor | None) -> None:
                 "accepted: at least one True for every token"
             )
     nan = logits.isnan() if mask is None else logits.isnan() & mask
+    if shared is not None:
+        nan = nan.index_fill(1, torch.tensor(shared, device=nan.device), False)
     if bool(nan.any()):
         token, expert = (int(i) for i in nan.nonzero()[0])
         raise ValueError(

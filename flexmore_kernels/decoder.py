@@ -18,6 +18,8 @@ from .model_config import FlexMoREConfig
 from .ops.attention import attend, rotated_heads
 from .ops.rms_norm import rms_norm
 from .positions import Step, heads_of, uncached
+from .rank_limit import RequestLimits
+from .shared_expert import all_but
 
 
 class RMSNorm(nn.Module):
@@ -121,6 +123,10 @@ class Block(nn.Module):
             norm_topk_prob=config.norm_topk_prob,
             scoring=config.scoring,
             expert_bias=config.expert_bias,
+            router=config.router,
+            domain_embedding_size=config.domain_embedding_size,
+            projector_size=config.projector_size,
+            shared_expert=config.shared_expert,
             **kind,
         )
         # What `FlexMoREForCausalLM.counting` adds to.
@@ -128,20 +134,36 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(D, eps, **kind)
         self.post_feedforward_layernorm = RMSNorm(D, eps, **kind)
 
-    def forward(self, h, step, expert_mask, cache, counted) -> Tensor:
+    def forward(self, h, step, expert_mask, limits, cache, counted) -> Tensor:
         h = self.post_attention_layernorm(self.self_attn(h, step, cache), h)
         if self.statistics is None:
-            y = self.mlp(h, expert_mask=expert_mask)
+            y = self._mixture(h, expert_mask, limits, False)
         else:
-            y, routing = self.mlp(h, expert_mask=expert_mask, return_routing=True)
+            y, routing = self._mixture(h, expert_mask, limits, True)
             self.statistics.add_(
                 ops.router_statistics(
                     *(routing.logits, routing.indices, routing.weights),
-                    scoring=self.mlp.scoring, bias=self.mlp.gate.expert_bias, mask=expert_mask,
+                    scoring=self.mlp.scoring,
+                    bias=self.mlp.gate.expert_bias,
+                    mask=self._selectable(expert_mask, h.device),
                     padding_mask=counted,
                 )
-            )  # fmt: skip
+            )
         return self.post_feedforward_layernorm(y, h)
+
+    def _selectable(self, expert_mask: Tensor | None, device) -> Tensor | None:
+        """The experts between which the router chooses."""
+        shared = self.mlp.shared_expert
+        if shared is None:
+            return expert_mask
+        others = all_but(shared, self.mlp.num_experts, device)
+        return others if expert_mask is None else expert_mask & others
+
+    def _mixture(self, h, expert_mask, limits: RequestLimits | None, return_routing: bool):
+        """The layer's y, and its routing if asked."""
+        if limits is None:
+            return self.mlp(h, expert_mask=expert_mask, return_routing=return_routing)
+        return limits.run(self.mlp, h, expert_mask, self.mlp.expert_ranks, return_routing)
 
 
 class Decoder(nn.Module):
@@ -156,7 +178,7 @@ class Decoder(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kind)
 
-    def forward(self, input_ids, attention_mask, expert_mask, cache, keep) -> Tensor:
+    def forward(self, input_ids, attention_mask, expert_mask, limits, cache, keep) -> Tensor:
         batch, length = input_ids.shape
         h = self.embed_tokens(input_ids)
         heads = self.heads._replace(dtype=h.dtype, layers=len(self.layers))
@@ -165,6 +187,7 @@ class Decoder(nn.Module):
             step = uncached(mask, length, h.device, heads)
         else:
             expert_mask = cache.bind(expert_mask, batch, self.num_experts)
+            limits = cache.bind_limits(limits)
             step = cache.begin(mask, batch, length, h.device, heads)
         if expert_mask is not None and expert_mask.dim() == 2:  # one for all tokens of a request
             expert_mask = expert_mask[:, None].expand(-1, length, -1).contiguous()
@@ -173,5 +196,5 @@ class Decoder(nn.Module):
             alive = ~cache.ended[:, None].expand(batch, length)
             counted = alive if mask is None else alive & mask
         for layer in self.layers:
-            h = layer(h, step, expert_mask, cache, counted)
+            h = layer(h, step, expert_mask, limits, cache, counted)
         return self.norm(h[:, -keep:])

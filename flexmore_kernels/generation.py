@@ -7,6 +7,7 @@ waits for the one just started.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -38,6 +39,7 @@ def generate(
     pad_token_id: int | None = None,
     generator: torch.Generator | None = None,
     expert_mask: Tensor | None = None,
+    rank_limit: Sequence | None = None,
     stream: Callable[[Tensor], None] | None = None,
     cache: str | None = None,
     cuda_graph: bool | None = None,
@@ -56,6 +58,7 @@ def generate(
             first eos, or 0.
         generator: for sampling, on the model's device; default: torch's own.
         expert_mask: bool (E,) or (B, E), the experts that a request may use, for all its tokens.
+        rank_limit: as `FlexMoREForCausalLM.forward` takes it, for all tokens.
         stream: called with each step's tokens, (B,) int64 on the CPU, in order; on a GPU up to LAG
             steps after they were made.
         cache: "static" (memory for all tokens at once, what a CUDA graph needs) or "dynamic";
@@ -89,24 +92,45 @@ def generate(
     device = input_ids.device
     kv = _cache(model, cache, batch, length + max_new_tokens, device)
     graph = _whether_graph(cuda_graph, kv, input_ids, max_new_tokens)
-    logits = model(
-        input_ids, attention_mask, expert_mask=expert_mask, cache=kv, logits_to_keep=1
-    )  # fmt: skip
-    step = DecodeStep(model, kv, how, stops, pad, generator, cuda_graph=graph)
-    step.take(logits)
+    asked = {"expert_mask": expert_mask, "rank_limit": rank_limit, "cache": kv}
+    with _rows_kept(model):
+        logits = model(input_ids, attention_mask, **asked, logits_to_keep=1)
+        step = DecodeStep(model, kv, how, stops, pad, generator, cuda_graph=graph)
+        step.take(logits)
+        new = _new_tokens(step, max_new_tokens, stops, stream)
+    return torch.cat([input_ids, torch.stack(new, 1).to(device, input_ids.dtype)], 1)
+
+
+@contextlib.contextmanager
+def _rows_kept(model: Any) -> Iterator[None]:
+    """Within, routers that make their rows make them once: nothing writes weights meanwhile."""
+    routers = [block.mlp.gate for block in model.model.layers]
+    before = [router.keep(True) for router in routers]
+    try:
+        yield
+    finally:
+        for router, kept in zip(routers, before, strict=True):
+            router.keep(kept)
+
+
+def _new_tokens(
+    step: DecodeStep, count: int, stops: list[int], stream: Callable | None
+) -> list[Tensor]:
+    """The tokens (B,) of each step until all requests have ended, on the CPU."""
+    batch = step.tokens.shape[0]
     new: list[Tensor] = []
     ended = torch.zeros(batch, dtype=torch.bool)
     ids = torch.tensor(stops, dtype=torch.int64)
-    for column in _columns(step, max_new_tokens):
+    for column in _columns(step, count):
         new.append(column)
         ended |= torch.isin(column, ids)
         if stream is not None:
             stream(column.clone())
         if bool(ended.all()):
             # However soon the host saw it: what is drawn must not depend on timing.
-            step.run_to(min(len(new) + step.lag, max_new_tokens))
+            step.run_to(min(len(new) + step.lag, count))
             break
-    return torch.cat([input_ids, torch.stack(new, 1).to(device, input_ids.dtype)], 1)
+    return new
 
 
 def _columns(step: DecodeStep, count: int) -> Iterator[Tensor]:

@@ -16,6 +16,7 @@ from .model_config import FlexMoREConfig
 from .ops.attention import Filled, Place
 from .ops.decoding import begin_token
 from .positions import Heads, Step, among_themselves, first_positions, heads_of, visible
+from .rank_limit import RequestLimits
 from .rotary import rotary_table
 
 COLUMNS_MULTIPLE = 16  # a mask's rows of a multiple of 16 bytes are read by attention as they lie
@@ -30,18 +31,21 @@ class KVCache:
     """What both kinds of cache share; use `DynamicCache` or `StaticCache`.
 
     length: columns so far, padding included. expert_mask: None, or the requests' (B, E) bool.
+    limits: None, or the requests' rank limits.
     ended: None, or bool (B,) on the device: requests whose tokens are no longer counted.
     """
 
     def __init__(self) -> None:
         self.length = 0
         self.expert_mask: Tensor | None = None
+        self.limits: RequestLimits | None = None
         self.ended: Tensor | None = None
         self._requests: tuple[int, int] | None = None  # B, E
 
     @property
     def key(self) -> tuple[str, ...] | None:
-        """A request's allowed experts as "1101", one text a request; None before the first forward.
+        """A request's allowed experts as "1101", with rank limits as "1101 -,16,-,4", one text a
+        request; None before the first forward.
 
         Two requests share a prefix's keys and values only if their tokens and these are equal.
         Waits for the device.
@@ -49,9 +53,16 @@ class KVCache:
         if self._requests is None:
             return None
         batch, experts = self._requests
-        if self.expert_mask is None:
-            return ("1" * experts,) * batch
-        return tuple("".join("01"[one] for one in row) for row in self.expert_mask.tolist())
+        keys = ("1" * experts,) * batch
+        if self.expert_mask is not None:
+            keys = ("".join("01"[one] for one in row) for row in self.expert_mask.tolist())
+        limits = (None,) * batch if self.limits is None else self.limits.each
+        return tuple(
+            key
+            if limit is None
+            else f"{key} {','.join('-' if r is None else str(r) for r in limit)}"
+            for key, limit in zip(keys, limits, strict=True)
+        )
 
     def bind(self, expert_mask: Tensor | None, batch: int, num_experts: int) -> Tensor | None:
         """The requests' mask (B, E), or None for all experts: set by the first forward.
@@ -59,10 +70,15 @@ class KVCache:
         A mask given again must be equal, which waits for the device; None means the one there is.
         """
         if not self.length:  # nothing is stored: what a refused call left does not count
-            self.expert_mask, self._requests = None, None
+            self.expert_mask, self.limits, self._requests = None, None, None
         if self._requests is not None and self._requests[0] != batch:
             raise ValueError(
                 f"input_ids: got {batch} rows; accepted: {self._requests[0]}, as the cache holds"
+            )
+        if self._requests is not None and self._requests[1] != num_experts:
+            raise ValueError(
+                f"cache: began with {self._requests[1]} experts, the model has {num_experts} now; "
+                "accepted: a new cache"
             )
         if expert_mask is not None:
             if expert_mask.dim() == 3:
@@ -85,6 +101,17 @@ class KVCache:
                 )
         return self.expert_mask
 
+    def bind_limits(self, limits: RequestLimits | None) -> RequestLimits | None:
+        """The requests' rank limits: set by the first forward, after `bind`; None: as they are."""
+        if not self.length:
+            self.limits = limits
+        elif limits is not None and (self.limits is None or limits.each != self.limits.each):
+            raise ValueError(
+                "rank_limit: got another than the one that this cache began with; accepted: the "
+                "same, or None: a request's limits are fixed for its life"
+            )
+        return self.limits
+
     def place(self, layer: int) -> Place | None:
         """Where a layer's new keys and values are written to; None: they are given to `update`."""
         return None
@@ -92,6 +119,7 @@ class KVCache:
     def reset(self) -> None:
         """Empty the cache for other requests."""
         self.length, self.expert_mask, self.ended, self._requests = 0, None, None, None
+        self.limits = None
 
 
 class DynamicCache(KVCache):

@@ -7,34 +7,26 @@ with W_e full-size, or W_0 + B_e A_e, or W_0. Maths: reference/layer.py.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import ops
 from .casting import autocast_dtype, cast
 from .checkpoint_config import shortest
-from .checks import FLOATS, SCORINGS, check_int, check_one_of, check_tensor, checks_values
+from .checks import FLOATS, SCORINGS, check_int, check_one_of, check_tensor
+from .layer_checks import check_mask, check_router_device, check_weight_dtypes, check_x
 from .ops.routing import Routing
 from .preparation import Preparable
-from .ragged import StackedFactors
-from .storage import PROJECTIONS, Experts, StackedExperts, Weight, init_full, parse_ranks
+from .rank_limit import check_rank_limit, largest_ranks_of, limited
+from .router import make_router
+from .router_kinds import check_shared_expert
+from .storage import PROJECTIONS, Experts, StackedExperts, parse_ranks
 
 STACK_ABOVE = 64
 """With more experts than this the factors are stacked, unless `stacked_factors` says otherwise."""
-
-
-class Router(Weight):
-    """The router's rows `weight` (E, D) and, if asked for, `expert_bias` (E - 1,)."""
-
-    def __init__(self, rows: int, columns: int, bias: bool, **kind) -> None:
-        super().__init__(rows, columns, **kind)
-        self.register_parameter(
-            "expert_bias", nn.Parameter(torch.empty(rows - 1, **kind)) if bias else None
-        )
 
 
 class FlexMoRE(Preparable):
@@ -42,25 +34,32 @@ class FlexMoRE(Preparable):
 
     Routing: logits = x G^T + min(bias, 0) on experts 1..; the `top_k` largest by (logit descending,
     index ascending) are selected; their weights p are, by `scoring`, the softmax over all allowed
-    experts, or as `ops.topk_route` says.
+    experts, or as `ops.topk_route` says. G are rows that are trained, or those that Nexus projects
+    from the embeddings of the experts' domains (router.py). A shared expert is added to every
+    token, with weight 1, whatever the router says.
 
     Args:
         hidden_size, intermediate_size: D and F.
         expert_ranks: one entry an expert; entry 0, the base, is 0. An int 0 is a full-size expert,
             an int r > 0 one of rank r in all three projections; or a triple (gate, up, down) of a
             rank, 0 for the base's own matrix, or "full". Ranks go up to min(D, F).
-        top_k: experts a token, 1 to E.
+        top_k: experts a token that the router selects, 1 to E, or to E - 1 beside a shared one.
         norm_topk_prob: divide the selected weights by their sum.
         expert_bias: a learnable bias for experts 1.., of which only the negative part counts.
         scoring: "softmax", "topk_softmax", "sigmoid" or "unit".
-        router, shared_expert: "linear" and False are what there is.
+        router: "linear", rows `gate.weight` (E, D); or "projected", rows made of the buffer
+            `gate.domain_embeddings` (E, m) by `gate.projector_in`, `gate.projector_out`.
+        domain_embedding_size, projector_size: m, and the projector's width h (None: D), of a
+            projected router.
+        shared_expert: True, the base, at no further cost, or the number of another expert: always
+            on, outside the softmax. Its row of the router is there and is not read.
         router_dtype: dtype of the router's logits; None is x's dtype, as Hugging Face does.
         stacked_factors: keep the factors of all experts in six parameters; default: when E > 64.
         recompute: between forward and backward keep x and a number a token and unit of rank, not
             the base's products, 2 F numbers a token, which the backward computes again, to the
             same bits; an attribute.
 
-    `state_dict()` has the keys of the authors' checkpoints: `gate.weight` (E, D),
+    `state_dict()` has the keys of the authors' checkpoints: `gate.weight` (E, D), or what makes it,
     `gate.expert_bias`, `experts.{e}.{gate,up,down}_proj.weight` where full-size,
     `..._proj_a.weight` (r, in) and `..._proj_b.weight` (out, r) where low-rank. Each is an ordinary
     parameter of that name (stacked: see `storage`). Nothing derived from a weight is kept between
@@ -85,7 +84,9 @@ class FlexMoRE(Preparable):
         expert_bias: bool = False,
         scoring: str = "softmax",
         router: str = "linear",
-        shared_expert: bool = False,
+        domain_embedding_size: int | None = None,
+        projector_size: int | None = None,
+        shared_expert: bool | int = False,
         router_dtype: torch.dtype | None = None,
         stacked_factors: bool | None = None,
         recompute: bool = False,
@@ -98,12 +99,12 @@ class FlexMoRE(Preparable):
         triples = parse_ranks(expert_ranks, min(self.hidden_size, self.intermediate_size))
         self.num_experts = len(triples)
         self.expert_ranks = tuple(map(shortest, triples))
-        self.top_k = check_int("top_k", top_k, 1, self.num_experts)
+        self.shared_expert = check_shared_expert(shared_expert, self.num_experts)
+        routed = self.num_experts - (self.shared_expert is not None)
+        self.top_k = check_int("top_k", top_k, 1, routed)
         check_one_of("norm_topk_prob", norm_topk_prob, (False, True))
         check_one_of("expert_bias", expert_bias, (False, True))
         check_one_of("scoring", scoring, SCORINGS)
-        check_one_of("router", router, ("linear",))
-        check_one_of("shared_expert", shared_expert, (False,))
         check_one_of("router_dtype", router_dtype, (None, *FLOATS))
         check_one_of("stacked_factors", stacked_factors, (None, False, True))
         check_one_of("recompute", recompute, (False, True))
@@ -113,7 +114,10 @@ class FlexMoRE(Preparable):
         if stacked_factors is None:
             stacked_factors = self.num_experts > STACK_ABOVE
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.gate = Router(self.num_experts, self.hidden_size, expert_bias, **kind)
+        sizes = (domain_embedding_size, projector_size)
+        self.gate = make_router(
+            router, self.num_experts, self.hidden_size, expert_bias, sizes, **kind
+        )
         container = StackedExperts if stacked_factors else Experts
         self.experts = container((self.hidden_size, self.intermediate_size), triples, **kind)
         self.reset_parameters()
@@ -147,10 +151,8 @@ class FlexMoRE(Preparable):
         return layer
 
     def reset_parameters(self) -> None:
-        """Router, base and full-size normal(0.02), A Kaiming, B and the bias zero."""
-        init_full(self.gate.weight)
-        if self.gate.expert_bias is not None:
-            nn.init.zeros_(self.gate.expert_bias)
+        """Router (see there), base and full-size normal(0.02), A Kaiming, B and the bias zero."""
+        self.gate.reset_parameters()
         self.experts.reset_parameters()
 
     def forward(
@@ -158,6 +160,7 @@ class FlexMoRE(Preparable):
         x: Tensor,
         *,
         expert_mask: Tensor | None = None,
+        rank_limit: Sequence[int | None] | None = None,
         return_routing: bool = False,
     ) -> Tensor | tuple[Tensor, Routing]:
         """Apply the layer to every token.
@@ -165,19 +168,33 @@ class FlexMoRE(Preparable):
         Args:
             x: (..., D), any strides, with any number of tokens.
             expert_mask: bool (E,) or (..., E), True where the token may use the expert.
+            rank_limit: E entries, each None or a rank up to the expert's: of its factors only the
+                first ranks are used, in place (see rank_limit.py). A prepared layer then reads its
+                parameters.
             return_routing: also return the router's decision.
 
         Returns: y (..., D); with `return_routing` also Routing: logits (..., E) raw, weights (...,
         K) float32 (float64 for float64 logits) and indices (..., K) int64, empty slots last with
-        index E and weight 0. Raises ValueError or TypeError naming the argument. A token without an
-        allowed expert or with a NaN logit raises on the CPU and inside `validation()`; elsewhere it
-        gets zeros.
+        index E and weight 0; beside a shared expert K is top_k + 1, its slot the first. Raises
+        ValueError or TypeError naming the argument. A token without an allowed expert or with a NaN
+        logit raises on the CPU and inside `validation()`; elsewhere it gets zeros.
         """
-        weights = self._expert_weights(x)
+        limits = rank_limit
+        if limits is not None:
+            limits = check_rank_limit(limits, largest_ranks_of(self.expert_ranks))
+        if limits is None:
+            weights = self._expert_weights(x)
+        else:
+            weights = limited(self._live_weights(), limits)
         autocast = autocast_dtype(x)
         base = getattr(self.experts, "0").gate_proj.weight
         dtype = autocast or base.dtype
-        self._check(x, expert_mask, weights, base.device, dtype if autocast is None else None)
+        if autocast is None:
+            check_weight_dtypes(self, weights, dtype)
+        check_x(x, self.hidden_size, dtype if autocast is None else None, base.device)
+        check_router_device(self.gate, base.device)
+        if expert_mask is not None:
+            check_mask(expert_mask, x, self.num_experts)
         leading = x.shape[:-1]
         if expert_mask is not None and expert_mask.dim() > 1:
             expert_mask = expert_mask.reshape(-1, self.num_experts)
@@ -198,72 +215,20 @@ class FlexMoRE(Preparable):
         dtype = self.router_dtype or x_TD.dtype
         routing = ops.topk_route(
             cast(x_TD, dtype),
-            cast(self.gate.weight, dtype),
+            cast(self.gate.rows(), dtype),
             top_k=self.top_k,
             bias=self.gate.expert_bias,
             mask=expert_mask,
             norm_topk_prob=self.norm_topk_prob,
             scoring=self.scoring,
+            shared=self.shared_expert,
         )
         p_TK = cast(routing.weights, torch.promote_types(x_TD.dtype, torch.float32))
         given = (x_TD, routing.indices, p_TK, gate, up, down)
         return ops.experts(*given, recompute=self.recompute), routing
 
-    def _check(self, x, expert_mask, weights, device, dtype) -> None:
-        """`dtype` is what base and x must have; None lets every floating dtype pass (autocast)."""
-        check_tensor("x", x)
-        if x.dim() < 1 or x.shape[-1] != self.hidden_size:
-            raise ValueError(f"x: got shape {tuple(x.shape)}; accepted: (..., {self.hidden_size})")
-        if dtype is not None:
-            self._check_weight_dtypes(weights, dtype)
-        check_tensor("x", x, None, FLOATS if dtype is None else (dtype,), device)
-        if dtype == torch.float64 and device.type == "cuda":
-            raise TypeError("x: got dtype float64 on cuda; accepted: float32, bfloat16, float16")
-        check_tensor("gate.weight", self.gate.weight, None, None, device)
-        if expert_mask is not None:
-            self._check_mask(expert_mask, x)
-
-    def _check_weight_dtypes(self, weights, dtype: torch.dtype) -> None:
-        # Only to report a fault are the parameters looked up by name.
-        wide = (dtype, torch.float32)
-        router = (self.gate.weight, self.gate.expert_bias)
-        right = all(part is None or part.dtype in wide for part in router)
-        for side in weights:
-            stacked = isinstance(side, StackedFactors)
-            for entry in (*side.full, (side.a, side.b)) if stacked else side:
-                if isinstance(entry, Tensor):
-                    right = right and entry.dtype == dtype
-                elif entry is not None:
-                    right = right and entry[0].dtype in wide and entry[1].dtype in wide
-        if right and dtype in FLOATS:
-            return
-        for name, parameter in self.named_parameters():
-            full = name.endswith("_proj.weight")
-            accepted = (dtype,) if dtype in FLOATS else FLOATS
-            accepted = accepted if full else tuple(dict.fromkeys((*accepted, torch.float32)))
-            check_tensor(name, parameter, None, accepted)
-
-    def _check_mask(self, mask: Tensor, x: Tensor) -> None:
-        check_tensor("expert_mask", mask, None, (torch.bool,), x.device)
-        shapes = ((self.num_experts,), (*x.shape[:-1], self.num_experts))
-        # Size by size: a compiler's symbolic sizes become guards so, not unequal tuples.
-        if not any(
-            mask.dim() == len(shape) and all(map(operator.eq, mask.shape, shape))
-            for shape in shapes
-        ):
-            raise ValueError(
-                f"expert_mask: got shape {tuple(mask.shape)}; accepted: {shapes[0]} or "
-                f"{tuple(shapes[1])}"
-            )
-        if checks_values(mask):
-            none = ~mask.any(-1)
-            if bool(none.any()):
-                at = tuple(int(i) for i in none.nonzero()[0])
-                token = f"token {at}" if at else "any token"
-                raise ValueError(
-                    f"expert_mask: got no allowed expert for {token}; accepted: at least one True "
-                    "for every token"
-                )
+    def _keep_rows(self, keep: bool) -> None:
+        self.gate.keep(keep)
 
     def extra_repr(self) -> str:
         ranks = ", ".join(str(rank) for rank in self.expert_ranks[:8])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from .kv_cache import KVCache
 from .layer import FlexMoRE
 from .model_config import FlexMoREConfig
 from .preparation import Prepared
+from .rank_limit import RequestLimits, largest_ranks_of
 
 
 class FlexMoREForCausalLM(nn.Module):
@@ -60,6 +61,7 @@ class FlexMoREForCausalLM(nn.Module):
         attention_mask: Tensor | None = None,
         *,
         expert_mask: Tensor | None = None,
+        rank_limit: Sequence | None = None,
         cache: KVCache | None = None,
         logits_to_keep: int = 0,
     ) -> Tensor:
@@ -70,9 +72,13 @@ class FlexMoREForCausalLM(nn.Module):
             attention_mask: (B, S), 0 at padding, on either side: no other token sees it, and
                 positions count from a request's first token, as in Hugging Face.
             expert_mask: bool (E,), (B, E) a request or (B, S, E) a token, for every layer.
+            rank_limit: E entries for all requests, or B sequences of them, one a request, each
+                entry None or a rank: of the expert's factors the first ranks alone, in every layer
+                (rank_limit.py). A layer runs once for each group of requests with equal limits.
             cache: `DynamicCache()` or a `StaticCache`. What earlier calls left in it comes before
                 these ids, and theirs is added. All of this call's masks are of these ids alone; an
-                expert mask is a request's for its life, None later, or the same (else ValueError).
+                expert mask is a request's for its life, None later, or the same (else ValueError),
+                and so are its rank limits.
             logits_to_keep: of the last so many positions alone; 0: all.
 
         Returns: (B, S or logits_to_keep, vocab_size) in the model's dtype. Deterministic; no host
@@ -89,10 +95,18 @@ class FlexMoREForCausalLM(nn.Module):
             got = type(cache).__name__
             raise TypeError(f"cache: got {got}; accepted: DynamicCache(), a StaticCache or None")
         check_int("logits_to_keep", logits_to_keep, 0)
-        h = self.model(input_ids, attention_mask, expert_mask, cache, logits_to_keep)
+        limits = None
+        if rank_limit is not None:
+            limits = RequestLimits(rank_limit, self._largest_ranks(), batch, input_ids.device)
+        h = self.model(input_ids, attention_mask, expert_mask, limits, cache, logits_to_keep)
         if self.lm_head is None:
             return F.linear(h, self.model.embed_tokens.weight)
         return self.lm_head(h)
+
+    def _largest_ranks(self) -> list[int]:
+        """Of each expert its largest rank in any layer."""
+        layers = [largest_ranks_of(block.mlp.expert_ranks) for block in self.model.layers]
+        return [max(ranks) for ranks in zip(*layers, strict=True)]
 
     def _check_expert_mask(self, mask: Tensor, batch: int, length: int) -> None:
         check_tensor("expert_mask", mask, None, (torch.bool,))
@@ -112,8 +126,8 @@ class FlexMoREForCausalLM(nn.Module):
         blocks = list(self.model.layers)
         before = [block.statistics for block in blocks]
         for block in blocks:
-            weight = block.mlp.gate.weight
-            block.statistics = RouterStatistics.zeros(self.config.num_experts, weight.device)
+            device = next(block.mlp.gate.parameters()).device
+            block.statistics = RouterStatistics.zeros(self.config.num_experts, device)
         try:
             yield [block.statistics for block in blocks]
         finally:

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .cards import KEY, check_cards, config_cards
 from .checkpoint_config import largest_ranks
 from .checks import SCORINGS, check_int, check_one_of
+from .router_kinds import ROUTER_FIELDS, check_router_sizes, check_shared_expert
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
           "num_attention_heads")  # fmt: skip
@@ -29,8 +31,10 @@ class FlexMoREConfig:
     expert_ranks is one list of E entries for all layers (see `FlexMoRE`) or a list of such lists,
     one a layer; None makes every expert full-size. In a config.json `expert_ranks` are E ints, of
     each expert the largest rank that it has anywhere (0: full-size everywhere); where ranks differ
-    by layer or projection, `layer_expert_ranks` holds the lists, one a layer. `extra` holds the
-    fields of a config.json that nothing here uses, and `to_dict` returns them.
+    by layer or projection, `layer_expert_ranks` holds the lists, one a layer. router,
+    domain_embedding_size, projector_size and shared_expert are as `FlexMoRE` takes them. experts:
+    the experts' cards (cards.py), a list of E objects with name, owner, licence, or None.
+    `extra` holds the fields of a config.json that nothing here uses, and `to_dict` returns them.
     """
 
     vocab_size: int = 100352
@@ -47,7 +51,12 @@ class FlexMoREConfig:
     norm_topk_prob: bool = False
     scoring: str = "softmax"
     expert_bias: bool = False
+    router: str = "linear"
+    domain_embedding_size: int | None = None
+    projector_size: int | None = None
+    shared_expert: bool | int = False
     expert_ranks: Sequence | None = None
+    experts: Sequence | None = None
     tie_word_embeddings: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -89,7 +98,12 @@ class FlexMoREConfig:
                     f"expert_ranks: got {found} entries for layer {layer}; accepted: num_experts, "
                     f"{self.num_experts}"
                 )
-        check_int("num_experts_per_tok", self.num_experts_per_tok, 1, self.num_experts)
+        shared = check_shared_expert(self.shared_expert, self.num_experts)
+        routed = self.num_experts - (shared is not None)
+        check_int("num_experts_per_tok", self.num_experts_per_tok, 1, routed)
+        check_router_sizes(self.router, self.domain_embedding_size, self.projector_size)
+        if self.experts is not None:
+            self.experts = config_cards(check_cards(self.experts, self.num_experts))
 
     @property
     def _per_layer(self) -> bool:
@@ -126,6 +140,10 @@ class FlexMoREConfig:
         for part in dataclasses.fields(self):
             if part.name != "extra":
                 values[part.name] = getattr(self, part.name)
+        # Of what is as everywhere else nothing is said: other readers do not know these fields.
+        for name in (*ROUTER_FIELDS, KEY):
+            if values[name] in (None, False, "linear"):
+                del values[name]
         if isinstance(values.get("rope_parameters"), Mapping):
             values["rope_parameters"] = {**values["rope_parameters"], "rope_theta": self.rope_theta}
         if not _plain(self.expert_ranks):

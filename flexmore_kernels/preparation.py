@@ -21,7 +21,7 @@ from .projection import RANK_MULTIPLE, padded_rank
 from .ragged import StackedFactors, rank_offsets
 from .schedule import DECODE_TOKENS
 from .slow_paths import warn_once
-from .storage import PROJECTIONS
+from .storage import PROJECTIONS, stamps
 
 Weights = list[Any]  # what `Experts.projection` gives, for gate, up and down
 MERGED_ROWS = 1024  # of a matrix at a time: float32 copies of a whole one would take its room twice
@@ -66,6 +66,8 @@ class Preparable(nn.Module):
                 rank than that; a list of experts, those; None, none. Up to 64 tokens wait for the
                 bytes of the weights: they take the factors instead, where those are fewer.
 
+        A projected router's rows are kept too; unlike the copies they follow each counted write.
+
         Parameters, state_dict and loading stay as they are: saving a prepared layer saves the
         factors. The copies hold the weights of now. After a write in place, or a new tensor in a
         parameter's place, the next forward raises a RuntimeError: prepare again. What torch does
@@ -84,12 +86,17 @@ class Preparable(nn.Module):
             copies = _Copies(weights, chosen)
         copies.choice = merge
         self._modules["prepared"] = copies
+        self._keep_rows(True)
         own = sum(parameter.nbytes for parameter in self.parameters())
         return Prepared(chosen, copies.packed, sum(b.nbytes for b in copies.buffers()), own)
 
     def unprepare(self) -> None:
         """Drop the copies; the layer reads its parameters again."""
         self._modules.pop("prepared", None)
+        self._keep_rows(False)
+
+    def _keep_rows(self, keep: bool) -> None:
+        """What a layer's router keeps between calls; here it keeps nothing."""
 
     def _live_weights(self) -> Weights:
         return [self.experts.projection(name) for name in PROJECTIONS]
@@ -114,7 +121,7 @@ class Preparable(nn.Module):
                 )
             return weights
         # A compiler would have to guard on what it cannot see.
-        if not torch.compiler.is_compiling() and copies.stamps != _stamps(copies.sources(weights)):
+        if not torch.compiler.is_compiling() and copies.stamps != stamps(copies.sources(weights)):
             raise RuntimeError(
                 "The weights changed after layer.prepare(): call it again, or layer.unprepare()."
             )
@@ -125,7 +132,7 @@ class Preparable(nn.Module):
         super()._apply(fn, recurse)
         if copies is not None:
             self._modules["prepared"] = copies
-            if copies.stamps != _stamps(copies.sources(self._live_weights())):
+            if copies.stamps != stamps(copies.sources(self._live_weights())):
                 self.prepare(copies.choice)
         return self
 
@@ -179,7 +186,7 @@ class _Copies(nn.Module):
         for index, (_, b) in enumerate(parts):
             value = torch.cat(b, 1) if b else None
             self.register_buffer(f"b_{index}", value, persistent=False)
-        self.stamps = _stamps(self.sources(weights))
+        self.stamps = stamps(self.sources(weights))
 
     def sources(self, weights: Weights) -> list[Tensor]:
         """The live tensors that were copied from."""
@@ -291,8 +298,3 @@ def _tensors(weights: Weights) -> Iterator[Tensor]:
     for side in weights:
         yield from (weight for weight in _full(side) if weight is not None)
         yield from _factors(side)
-
-
-def _stamps(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """Where each tensor is and how often it was written, as far as torch counts."""
-    return [(t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors]

@@ -145,19 +145,22 @@ def rows_to_slots(values: Tensor, slot_to_row: Tensor) -> Tensor:
 # For good: a captured graph may read a table that nobody else uses any more. In another thread:
 # what this one allocates while torch.compile warms up a CUDA graph belongs to the graph.
 @functools.cache
-def _device_ints(values: tuple[int, ...], device: torch.device) -> Tensor:
+def device_constant(
+    values: tuple, device: torch.device, dtype: torch.dtype = torch.int32
+) -> Tensor:
+    """A small tensor of numbers that a layer fixes, made once a device."""
     with concurrent.futures.ThreadPoolExecutor(1) as apart:
-        return apart.submit(torch.tensor, values, dtype=torch.int32, device=device).result()
+        return apart.submit(torch.tensor, values, dtype=dtype, device=device).result()
 
 
 def ranks_tensor(ranks: tuple[int, ...], device: torch.device) -> Tensor:
     """ranks, or other ints a layer fixes for its experts, as int32 on the device, made once."""
-    return _device_ints(tuple(ranks), device)
+    return device_constant(tuple(ranks), device)
 
 
 def rank_offsets_tensor(ranks: tuple[int, ...], device: torch.device) -> Tensor:
     """rank_offsets as an int32 tensor (E + 1,) on the device, made once per (ranks, device)."""
-    return _device_ints(rank_offsets(ranks), device)
+    return device_constant(rank_offsets(ranks), device)
 
 
 SORTED, SEGMENT, TOKEN = 0, 1, 2

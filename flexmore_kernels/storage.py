@@ -88,6 +88,11 @@ def init_a(weight: Tensor) -> None:
     nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
 
 
+def stamps(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Where each tensor is and how often it was written, as far as torch counts."""
+    return [(t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors]
+
+
 def _sizes(hidden_size: int, intermediate_size: int) -> dict[str, tuple[int, int]]:
     """(out, in) of each projection."""
     inward = (intermediate_size, hidden_size)

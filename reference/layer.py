@@ -1,11 +1,12 @@
 """The FlexMoRE layer: router, experts, and the names under which a checkpoint keeps them.
 
-    l, w, e = topk_route(x, G, min(b, 0), mask)          see routing
+    l, w, e = topk_route(x, G, min(b, 0), mask)          see routing; G: see router
     y_t = sum_k w_tk E_{e_tk}(x_t)                       see experts
 
 `expert_ranks[e]` says what expert e > 0 has for each projection P (gate, up, down): a matrix of its
 own ("full"), a pair A (r, in), B (out, r) that stands for W_P,0 + B A, or nothing, W_P,0 (rank 0 in
-a triple). The gradient is that of the two ops; G also gets it through w, not only through l.
+a triple). Under a rank limit r of expert e it has the first r rows of A and columns of B alone. The
+gradient is that of the two ops; G also gets it through w, not only through l.
 """
 
 from __future__ import annotations
@@ -16,26 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from .experts import experts
+from .router import Weight, make_router
 from .routing import Routing, topk_route
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-
-
-class Weight(nn.Module):
-    """A matrix (rows, columns) that a checkpoint calls `<name>.weight`."""
-
-    def __init__(self, rows: int, columns: int, device=None, dtype=None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, columns, device=device, dtype=dtype))
-
-
-class Router(Weight):
-    """The router's rows G (E, D) and, if `bias`, expert_bias (E-1,)."""
-
-    def __init__(self, rows: int, columns: int, bias: bool, device=None, dtype=None) -> None:
-        super().__init__(rows, columns, device, dtype)
-        empty = torch.empty(rows - 1, device=device, dtype=dtype)
-        self.expert_bias = nn.Parameter(empty) if bias else None
 
 
 class Expert(nn.Module):
@@ -52,13 +37,16 @@ class Expert(nn.Module):
                 self.add_module(f"{name}_a", Weight(rank, columns, device, dtype))
                 self.add_module(f"{name}_b", Weight(rows, rank, device, dtype))
 
-    def projection(self, name: str, dtype: torch.dtype) -> Tensor | tuple[Tensor, Tensor] | None:
-        """What `experts` takes for this expert."""
+    def projection(
+        self, name: str, dtype: torch.dtype, limit: int | None = None
+    ) -> Tensor | tuple[Tensor, Tensor] | None:
+        """What `experts` takes for this expert, of at most `limit` ranks."""
         if hasattr(self, name):
             return getattr(self, name).weight.to(dtype)
-        if hasattr(self, f"{name}_a"):
-            return tuple(getattr(self, f"{name}_{side}").weight.to(dtype) for side in "ab")
-        return None
+        if limit == 0 or not hasattr(self, f"{name}_a"):
+            return None
+        a, b = (getattr(self, f"{name}_{side}").weight.to(dtype) for side in "ab")
+        return a[:limit], b[:, :limit]
 
 
 class FlexMoRE(nn.Module):
@@ -79,7 +67,9 @@ class FlexMoRE(nn.Module):
         expert_bias: bool = False,
         scoring: str = "softmax",
         router: str = "linear",
-        shared_expert: bool = False,
+        domain_embedding_size: int | None = None,
+        projector_size: int | None = None,
+        shared_expert: bool | int = False,
         router_dtype: torch.dtype | None = None,
         stacked_factors: bool | None = None,
         recompute: bool = False,
@@ -90,7 +80,12 @@ class FlexMoRE(nn.Module):
         self.top_k, self.norm_topk_prob, self.scoring = top_k, norm_topk_prob, scoring
         self.router_dtype = router_dtype
         sizes, kind = (hidden_size, intermediate_size), {"device": device, "dtype": dtype}
-        self.gate = Router(len(expert_ranks), hidden_size, expert_bias, **kind)
+        number = 0 if shared_expert is True else shared_expert  # True: the base
+        self.shared_expert = None if shared_expert is False else number
+        projector = (domain_embedding_size, projector_size)
+        self.gate = make_router(
+            router, len(expert_ranks), hidden_size, expert_bias, projector, **kind
+        )
         triples = [("full",) * 3 if r == 0 else r for r in expert_ranks]
         triples = [tuple(r) if isinstance(r, (list, tuple)) else (r,) * 3 for r in triples]
         self.experts = nn.ModuleList(Expert(*sizes, triple, **kind) for triple in triples)
@@ -98,9 +93,10 @@ class FlexMoRE(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Router, base and full-size normal(0.02), A Kaiming, B and bias zero."""
-        for name, parameter in self.named_parameters():
-            if name.endswith(("_b.weight", "expert_bias")):
+        """Router (see there), base and full-size normal(0.02), A Kaiming, B zero."""
+        self.gate.reset_parameters()
+        for name, parameter in self.experts.named_parameters():
+            if name.endswith("_b.weight"):
                 parameter.zero_()
             elif name.endswith("_a.weight"):
                 nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
@@ -124,9 +120,13 @@ class FlexMoRE(nn.Module):
         x: Tensor,
         *,
         expert_mask: Tensor | None = None,
+        rank_limit=None,
         return_routing: bool = False,
     ) -> Tensor | tuple[Tensor, Routing]:
-        """x (..., D) -> y (..., D), and the routing with the same leading dimensions if asked."""
+        """x (..., D) -> y (..., D), and the routing with the same leading dimensions if asked.
+
+        rank_limit: E entries, each None or the ranks of the expert that are used.
+        """
         shape = x.shape[:-1]
         x_TD = x.reshape(-1, x.shape[-1])
         if expert_mask is not None and expert_mask.dim() > 1:
@@ -134,16 +134,19 @@ class FlexMoRE(nn.Module):
         dtype = self.router_dtype or x.dtype
         routing = topk_route(
             x_TD.to(dtype),
-            self.gate.weight.to(dtype),
+            self.gate.rows().to(dtype),
             top_k=self.top_k,
             bias=self.gate.expert_bias,
             mask=expert_mask,
             norm_topk_prob=self.norm_topk_prob,
             scoring=self.scoring,
+            shared=self.shared_expert,
         )
         weights = routing.weights.to(torch.promote_types(x.dtype, torch.float32))
+        limits = rank_limit or [None] * len(self.experts)
         gate, up, down = (
-            [expert.projection(name, x.dtype) for expert in self.experts] for name in PROJECTIONS
+            [e.projection(name, x.dtype, r) for e, r in zip(self.experts, limits, strict=True)]
+            for name in PROJECTIONS
         )
         y = experts(x_TD, routing.indices, weights, gate, up, down).reshape(x.shape)
         if not return_routing:

@@ -79,15 +79,20 @@ class Block(nn.Module):
             norm_topk_prob=config.norm_topk_prob,
             scoring=config.scoring,
             expert_bias=config.expert_bias,
+            router=config.router,
+            domain_embedding_size=config.domain_embedding_size,
+            projector_size=config.projector_size,
+            shared_expert=config.shared_expert,
             **kind,
         )
         eps = config.rms_norm_eps
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps, **kind)
         self.post_feedforward_layernorm = RMSNorm(config.hidden_size, eps, **kind)
 
-    def forward(self, h, positions, allowed, expert_mask, past: list) -> Tensor:
+    def forward(self, h, positions, allowed, expert_mask, limits, past: list) -> Tensor:
         h = h + self.post_attention_layernorm(self.self_attn(h, positions, allowed, past))
-        return h + self.post_feedforward_layernorm(self.mlp(h, expert_mask=expert_mask))
+        y = self.mlp(h, expert_mask=expert_mask, rank_limit=limits)
+        return h + self.post_feedforward_layernorm(y)
 
 
 class Decoder(nn.Module):
@@ -104,13 +109,13 @@ class Decoder(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kind)
 
-    def forward(self, input_ids, attention_mask, expert_mask, cache, keep) -> Tensor:
+    def forward(self, input_ids, attention_mask, expert_mask, limits, cache, keep) -> Tensor:
         B, S = input_ids.shape
         cache = {} if cache is None else cache
         if not cache:
             cache["real"] = torch.zeros(B, 0, dtype=torch.bool, device=input_ids.device)
             cache["past"] = [[] for _ in self.layers]
-            cache["expert_mask"] = expert_mask
+            cache["expert_mask"], cache["rank_limit"] = expert_mask, limits
         now = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         before = cache["real"].shape[1]
         cache["real"] = real = torch.cat([cache["real"], now.bool()], 1)
@@ -124,7 +129,7 @@ class Decoder(nn.Module):
             expert_mask = expert_mask[:, None].expand(-1, S, -1)
         h = self.embed_tokens(input_ids)
         for layer, past in zip(self.layers, cache["past"], strict=True):
-            h = layer(h, positions, allowed, expert_mask, past)
+            h = layer(h, positions, allowed, expert_mask, cache["rank_limit"], past)
         return self.norm(h[:, -keep:])
 
 
@@ -157,15 +162,17 @@ class FlexMoREForCausalLM(nn.Module):
         attention_mask: Tensor | None = None,
         *,
         expert_mask: Tensor | None = None,
+        rank_limit=None,
         cache: dict | None = None,
         logits_to_keep: int = 0,
     ) -> Tensor:
         """Ids (B, S) -> logits (B, S, vocab), or of the last `logits_to_keep` positions.
 
-        attention_mask (B, S) is 0 at padding; expert_mask is (E,), (B, E) or (B, S, E). `cache` is
-        {} at first, and then what earlier calls made of it, with the expert mask of the first.
+        attention_mask (B, S) is 0 at padding; expert_mask is (E,), (B, E) or (B, S, E). rank_limit
+        has E entries for all requests, each None or a rank. `cache` is {} at first, and then what
+        earlier calls made of it, with the expert mask and rank limit of the first.
         """
-        h = self.model(input_ids, attention_mask, expert_mask, cache, logits_to_keep)
+        h = self.model(input_ids, attention_mask, expert_mask, rank_limit, cache, logits_to_keep)
         if self.config.tie_word_embeddings:
             return F.linear(h, self.model.embed_tokens.weight)
         return self.lm_head(h)

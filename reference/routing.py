@@ -16,6 +16,10 @@ An expert that the mask excludes is never selected; if fewer than K are allowed,
 the finite ones. A token for which the softmax does not exist (no allowed expert, a NaN among the
 allowed logits, or their largest is infinite) has only empty slots, whatever the scoring.
 
+A *shared* expert (Nexus, arXiv 2408.15901, section 2) is no candidate: it takes no part in the
+softmax and is not selected. Each token that the mask allows it to has it, with weight 1, in a slot
+before e_1 .. e_K, which is empty for the others.
+
 Gradient, given dw and s = the selected experts (p[e_k] and w_k of an empty slot are 0):
 
     softmax:                 dv_e = p_e ([e in s] dw_e - sum_j p_{e_j} dw_j)     over all allowed e
@@ -40,7 +44,10 @@ SCORINGS = ("softmax", "topk_softmax", "sigmoid", "unit")
 
 
 class Routing(NamedTuple):
-    """The router's decision: `logits` (T, E) raw, `weights` (T, K) acc, `indices` (T, K) int64."""
+    """The router's decision: `logits` (T, E) raw, `weights` (T, K) acc, `indices` (T, K) int64.
+
+    With a shared expert K is one more.
+    """
 
     logits: Tensor
     weights: Tensor
@@ -77,12 +84,13 @@ def topk_route(
     mask: Tensor | None = None,
     norm_topk_prob: bool = False,
     scoring: str = "softmax",
+    shared: int | None = None,
 ) -> Routing:
     """Choose `top_k` experts per token from x (T, D) and weight (E, D), or from logits x (T, E) if
     weight is None.
 
     `bias` (E-1,) belongs to experts 1..; `mask` is bool (E,) or (T, E), True where the token may
-    use the expert.
+    use the expert. With `shared` there are K + 1 slots.
     """
     if scoring not in SCORINGS:
         raise ValueError(f"scoring: got {scoring!r}; accepted: {', '.join(map(repr, SCORINGS))}")
@@ -93,6 +101,9 @@ def topk_route(
         b_E = torch.minimum(bias, torch.zeros_like(bias)).to(v_TE.dtype)
         v_TE = v_TE + F.pad(b_E, (1, 0))
     allowed_TE = torch.ones_like(v_TE, dtype=torch.bool) if mask is None else mask.expand(T, E)
+    if shared is not None:
+        has_shared_T1 = allowed_TE[:, shared, None]
+        allowed_TE = allowed_TE & (torch.arange(E, device=v_TE.device) != shared)
 
     top_T1 = v_TE.detach().masked_fill(~allowed_TE, -torch.inf).amax(1, keepdim=True)  # NaN wins
     usable_TE = allowed_TE & top_T1.isfinite()
@@ -122,7 +133,11 @@ def topk_route(
         weights_TK = chosen_TK.to(v_TE.dtype)
     if norm_topk_prob and scoring in ("softmax", "unit"):
         weights_TK = weights_TK / weights_TK.sum(1, keepdim=True).masked_fill(~usable_T1, 1)
-    return Routing(logits_TE, weights_TK, indices_TK.masked_fill(~chosen_TK, E))
+    indices_TK = indices_TK.masked_fill(~chosen_TK, E)
+    if shared is not None:
+        weights_TK = torch.cat([has_shared_T1.to(weights_TK.dtype), weights_TK], 1)
+        indices_TK = torch.cat([torch.where(has_shared_T1, shared, E), indices_TK], 1)
+    return Routing(logits_TE, weights_TK, indices_TK)
 
 
 def make_plan(indices: Tensor, num_experts: int) -> RoutingPlan:

@@ -31,7 +31,7 @@ LAYERS = {
 def case(request):
     ranks, tokens = request.param
     torch._dynamo.reset()
-    ragged._device_ints.cache_clear()  # what a layer keeps is made while a graph is warmed up
+    ragged.device_constant.cache_clear()  # what a layer keeps is made while a graph is warmed up
     layer = fk.FlexMoRE(512, 776, ranks, 2, device="cuda", dtype=torch.bfloat16)
     x = torch.randn(3, tokens, 512, device="cuda", dtype=torch.bfloat16)
     yield layer, torch.compile(layer, mode="reduce-overhead"), x

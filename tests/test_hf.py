@@ -243,3 +243,8 @@ REFUSED = [
 def test_config_refuses(change, message):
     with pytest.raises((ValueError, TypeError), match=f"^{message}"):
         hf.FlexMoREConfig(**SIZES | {"expert_ranks": RANKS} | change)
+
+
+def test_other_routers_are_refused_by_name():
+    with pytest.raises(ValueError, match="router: got 'projected'; accepted by transformers"):
+        fk.hf.FlexMoREConfig(expert_ranks=[0, 2], router="projected", domain_embedding_size=4)

@@ -200,7 +200,7 @@ class _Sums:
             x_TD = x_TD[self.real]
             mask = mask[self.real] if mask is not None and mask.dim() > 1 else mask
         self._add(_inputs_name(number), x_TD, self.inputs)
-        weight = layer.gate.weight
+        weight = layer.gate.rows()
         dtype = layer.router_dtype or weight.dtype
         selected_TK = ops.topk_route(
             x_TD.to(dtype),
@@ -209,6 +209,7 @@ class _Sums:
             bias=layer.gate.expert_bias,
             mask=mask,
             scoring=layer.scoring,
+            shared=layer.shared_expert,
         ).indices
         tensors = layer.experts.state_dict()
         for expert in range(1, layer.num_experts):

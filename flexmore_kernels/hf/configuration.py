@@ -20,6 +20,7 @@ from transformers.utils import logging
 from ..checkpoint_config import AUTO_MAP, LOADER, as_triple, largest_ranks, shortest
 from ..checkpoint_layout import PROJECTIONS
 from ..checks import SCORINGS, check_int, check_one_of
+from ..router_kinds import ROUTER_FIELDS
 from ..storage import parse_ranks
 from .stored_ranks import stored_ranks
 
@@ -61,6 +62,13 @@ class FlexMoREConfig(FlexOlmoConfig):
         check_one_of("scoring", self.scoring, SCORINGS)
         check_one_of("expert_bias", self.expert_bias, (False, True))
         check_one_of("hidden_act", self.hidden_act, ("silu", "swish"))
+        for name in ROUTER_FIELDS:
+            value = getattr(self, name, None)
+            if value not in (None, False, "linear"):
+                raise ValueError(
+                    f"{name}: got {value!r}; accepted by transformers' form of the model: a linear "
+                    "router without a shared expert; flexmore_kernels.checkpoint.load_model has all"
+                )
         if self.layer_expert_ranks is not None:
             self._set_ranks("layer_expert_ranks", self.layer_expert_ranks)
         else:

@@ -26,6 +26,7 @@ from ..checks import (
 )
 from ..library import define
 from ..ragged import MAX_SET_EXPERTS, RoutingPlan
+from ..shared_expert import candidates, with_slot
 from ..slow_paths import contiguous
 
 _kernels = "routing"
@@ -52,6 +53,7 @@ def topk_route(
     mask: Tensor | None = None,
     norm_topk_prob: bool = False,
     scoring: str = "softmax",
+    shared: int | None = None,
 ) -> Routing:
     """Choose each token's top-k experts, and what each of them weighs.
 
@@ -74,22 +76,29 @@ def topk_route(
             fewer than K allowed, fewer are selected.
         norm_topk_prob: renormalise over the selected.
         scoring: "softmax", "topk_softmax", "sigmoid" or "unit".
+        shared: an expert that is always on: no candidate, outside the softmax, with weight 1 in a
+            slot before the others'; top_k, up to E - 1, does not count it. A token whose mask
+            excludes it has an empty slot there, and needs no other expert where it is allowed.
 
     Returns:
-        Routing(logits, weights, indices); logits are raw (no bias, no mask), in x's dtype.
+        Routing(logits, weights, indices); logits are raw (no bias, no mask), in x's dtype. With
+        `shared` there are K + 1 slots.
 
     Raises ValueError or TypeError naming the argument. A token without an allowed expert, or with a
     NaN logit, raises on the CPU and inside `validation()`; elsewhere all its slots are empty.
     Deterministic; the same logits give the same indices on every device. No host sync.
     Differentiable in x, weight and bias, through weights and logits.
     Sources: softmax: FlexOlmo (arXiv 2507.07024, section 3) and its Hugging Face router;
-    topk_softmax: arXiv 1701.06538, section 2.1; sigmoid: DeepSeek-V3 (arXiv 2412.19437, 2.1.2).
+    topk_softmax: arXiv 1701.06538, section 2.1; sigmoid: DeepSeek-V3 (arXiv 2412.19437, 2.1.2);
+    shared: Nexus (arXiv 2408.15901, section 2).
     """
     check_tensor("x", x, ("T", "E" if weight is None else "D"), FLOATS)
     if weight is not None:
         check_tensor("weight", weight, ("E", x.shape[1]), (x.dtype,), x.device)
     num_experts = x.shape[1] if weight is None else weight.shape[0]
-    top_k = check_int("top_k", top_k, 1, num_experts)
+    if shared is not None:
+        shared = check_int("shared", shared, 0, num_experts - 1)
+    top_k = check_int("top_k", top_k, 1, num_experts - (shared is not None))
     if not isinstance(norm_topk_prob, bool):
         raise TypeError(f"norm_topk_prob: got {norm_topk_prob!r}; accepted: True or False")
     check_one_of("scoring", scoring, SCORINGS)
@@ -100,7 +109,7 @@ def topk_route(
         bias = bias.contiguous()
     if mask is not None:
         mask = _check_mask(mask, x.shape[0], num_experts, x.device)
-    how = (bias, mask, top_k, norm_topk_prob, scoring)
+    how = (bias, mask, top_k, norm_topk_prob, scoring, shared)
     if weight is None:
         routing = Routing(x, *torch.ops.flexmore.topk_route(x, *how))
     else:
@@ -142,40 +151,48 @@ def _check_mask(mask: Tensor, num_tokens: int, num_experts: int, device: torch.d
     return mask.expand(num_tokens, num_experts)
 
 
-def _topk_route(logits, bias, mask, top_k, norm_topk_prob, scoring):
+def _topk_route(logits, bias, mask, top_k, norm_topk_prob, scoring, shared=None):
     if checks_values(logits):
-        check_routable(logits, mask)
+        check_routable(logits, mask, shared)
     kernels = backend.kernels(_kernels, logits)
-    return kernels.topk_route(
-        contiguous("logits", logits), bias, mask, top_k, norm_topk_prob, scoring
+    chosen = kernels.topk_route(
+        *(contiguous("logits", logits), bias, candidates(logits, logits.shape[1], mask, shared)),
+        *(top_k, norm_topk_prob, scoring),
     )
+    return with_slot(*chosen, mask, shared, logits.shape[1])
 
 
-def _topk_route_fake(logits, bias, mask, top_k, norm_topk_prob, scoring):
-    shape = (logits.shape[0], top_k)
-    return (
-        logits.new_empty(shape, dtype=torch.promote_types(logits.dtype, torch.float32)),
-        logits.new_empty(shape, dtype=torch.int64),
-    )
+def _topk_route_fake(logits, bias, mask, top_k, norm_topk_prob, scoring, shared=None):
+    shape = (logits.shape[0], top_k + (shared is not None))
+    acc = torch.promote_types(logits.dtype, torch.float32)
+    return logits.new_empty(shape, dtype=acc), logits.new_empty(shape, dtype=torch.int64)
 
 
-def _topk_route_linear(x, weight, bias, mask, top_k, norm_topk_prob, scoring):
+def _topk_route_linear(x, weight, bias, mask, top_k, norm_topk_prob, scoring, shared=None):
     x, weight = contiguous("x", x), contiguous("weight", weight)
     kernels = backend.library(_kernels, x)
     if kernels is None or not kernels.few_serve(x, weight):
         kernels = backend.kernels(_kernels, x, "topk_route_linear", weight.shape[0])
-    result = kernels.topk_route_linear(x, weight, bias, mask, top_k, norm_topk_prob, scoring)
-    if checks_values(x):
-        check_routable(result[0], mask)
-    return result
+    E = weight.shape[0]
+    logits, *chosen = kernels.topk_route_linear(
+        *(x, weight, bias, candidates(x, E, mask, shared), top_k, norm_topk_prob, scoring)
+    )
+    if checks_values(logits):
+        check_routable(logits, mask, shared)
+    return logits, *with_slot(*chosen, mask, shared, E)
 
 
-def _topk_route_linear_fake(x, weight, bias, mask, top_k, norm_topk_prob, scoring):
+def _topk_route_linear_fake(x, weight, bias, mask, top_k, norm_topk_prob, scoring, shared=None):
     logits = x.new_empty((x.shape[0], weight.shape[0]))
-    return (logits, *_topk_route_fake(logits, bias, mask, top_k, norm_topk_prob, scoring))
+    return (logits, *_topk_route_fake(logits, bias, mask, top_k, norm_topk_prob, scoring, shared))
 
 
-def _topk_route_backward(dweights, logits, bias, mask, indices, norm_topk_prob, scoring):
+def _topk_route_backward(
+    dweights, logits, bias, mask, indices, norm_topk_prob, scoring, shared=None
+):
+    if shared is not None:
+        mask = candidates(logits, logits.shape[1], mask, shared)
+        dweights, indices = dweights[:, 1:], indices[:, 1:].contiguous()
     if scoring == "unit":  # constant weights: nothing to launch
         return logits.new_zeros(logits.shape, dtype=dweights.dtype)
     kernels = backend.kernels(_kernels, logits)
@@ -201,11 +218,10 @@ def _setup_topk_route(ctx, inputs, output):
 
 def _backward_topk_route(ctx, dweights, _):
     logits, bias, mask, indices = ctx.saved_tensors
-    dlogits = torch.ops.flexmore.topk_route_backward(
-        dweights, logits, bias, mask, indices, *ctx.how
-    )
+    saved = (logits, bias, mask, indices)
+    dlogits = torch.ops.flexmore.topk_route_backward(dweights, *saved, *ctx.how)
     dbias = _dbias(dlogits, bias) if ctx.needs_input_grad[1] else None
-    return dlogits.to(logits.dtype), dbias, None, None, None, None
+    return dlogits.to(logits.dtype), dbias, *(None,) * 5
 
 
 def _setup_topk_route_linear(ctx, inputs, output):
@@ -226,7 +242,7 @@ def _backward_topk_route_linear(ctx, dlogits_out, dweights, _):
         weight = torch.nn.functional.pad(weight, (0, 0, 0, -E % 8))
     dx = dlogits @ weight if ctx.needs_input_grad[0] else None
     dweight = (dlogits.T @ x)[:E] if ctx.needs_input_grad[1] else None
-    return dx, dweight, dbias, None, None, None, None
+    return dx, dweight, dbias, *(None,) * 5
 
 
 def _make_plan(indices, num_experts):
@@ -254,7 +270,7 @@ def _make_plan_fake(indices, num_experts):
 
 define(
     "topk_route(Tensor logits, Tensor? bias, Tensor? mask, int top_k, bool norm_topk_prob,"
-    " str scoring) -> (Tensor, Tensor)",
+    " str scoring, int? shared=None) -> (Tensor, Tensor)",
     _topk_route,
     _topk_route_fake,
     backward=_backward_topk_route,
@@ -262,7 +278,7 @@ define(
 )
 define(
     "topk_route_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? mask, int top_k,"
-    " bool norm_topk_prob, str scoring) -> (Tensor, Tensor, Tensor)",
+    " bool norm_topk_prob, str scoring, int? shared=None) -> (Tensor, Tensor, Tensor)",
     _topk_route_linear,
     _topk_route_linear_fake,
     backward=_backward_topk_route_linear,
@@ -270,7 +286,7 @@ define(
 )
 define(
     "topk_route_backward(Tensor dweights, Tensor logits, Tensor? bias, Tensor? mask,"
-    " Tensor indices, bool norm_topk_prob, str scoring) -> Tensor",
+    " Tensor indices, bool norm_topk_prob, str scoring, int? shared=None) -> Tensor",
     _topk_route_backward,
     _topk_route_backward_fake,
 )
