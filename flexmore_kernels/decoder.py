@@ -162,7 +162,8 @@ class Block(nn.Module):
     def _mixture(self, h, expert_mask, limits: RequestLimits | None, return_routing: bool):
         """The layer's y, and its routing if asked."""
         if limits is None:
-            return self.mlp(h, expert_mask=expert_mask, return_routing=return_routing)
+            asked = {"return_routing": True} if return_routing else {}
+            return self.mlp(h, expert_mask=expert_mask, **asked)
         return limits.run(self.mlp, h, expert_mask, self.mlp.expert_ranks, return_routing)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from .checks import check_int, check_one_of, check_tensor, checks_values
 from .decode_step import LAG, WARM_UP, DecodeStep
 from .kv_cache import DynamicCache, KVCache, StaticCache
+from .router import ProjectedRouter
 from .sampling import Sampling
 
 REPAID = 8
@@ -104,7 +105,8 @@ def generate(
 @contextlib.contextmanager
 def _rows_kept(model: Any) -> Iterator[None]:
     """Within, routers that make their rows make them once: nothing writes weights meanwhile."""
-    routers = [block.mlp.gate for block in model.model.layers]
+    routers = [getattr(block.mlp, "gate", None) for block in model.model.layers]
+    routers = [router for router in routers if isinstance(router, ProjectedRouter)]
     before = [router.keep(True) for router in routers]
     try:
         yield

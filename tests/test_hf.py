@@ -246,5 +246,7 @@ def test_config_refuses(change, message):
 
 
 def test_other_routers_are_refused_by_name():
+    from flexmore_kernels import hf
+
     with pytest.raises(ValueError, match="router: got 'projected'; accepted by transformers"):
-        fk.hf.FlexMoREConfig(expert_ranks=[0, 2], router="projected", domain_embedding_size=4)
+        hf.FlexMoREConfig(expert_ranks=[0, 2], router="projected", domain_embedding_size=4)
