@@ -123,7 +123,7 @@ def main(words: Sequence[str] | None = None) -> int:
     shape, dtype, progress = SHAPES[name], DTYPES[device], Progress(120)
     progress.say("measuring a large copy and a large matrix product")
     context = {**records.environment(device, given.commit), "roofs": records.roofs(device)}
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     found, clocks = layers(shape, device, dtype), records.Clocks(device)
     ratios = errors(found, shape, device, dtype)
     if not max(ratios.values()) <= 1:
