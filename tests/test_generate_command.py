@@ -56,7 +56,7 @@ def test_ids_of_one_prompt(directory, capsys):
     expected = model.generate(torch.tensor([[5, 17, 3]]), max_new_tokens=NEW)[0, 3:].tolist()
     assert ids_of(",".join(out.split())) == expected
     assert re.search(r"first token after \d+ ms \(3 tokens of prompt\); then [\d.]+ tokens/s", err)
-    shares = [float(part) for part in re.findall(r"\d: ([\d.]+) %", err)]
+    shares = [float(part) for part in re.findall(r": ([\d.]+) %", err)]
     assert len(shares) == 4 and sum(shares) == pytest.approx(200, abs=0.2)
 
 
@@ -76,6 +76,16 @@ def test_a_batch_with_experts_for_each_prompt(directory, capsys):
     assert "2 at once" in err and "1: 0.0 %" in err and "3: 0.0 %" in err
     run(directory, "--ids", "5,17,3", "--experts", "-3")
     assert "3: 0.0 %" in capsys.readouterr().err
+
+
+def test_experts_by_name_at_a_lower_rank(directory, capsys):
+    words = ("--ids", "5,17,3", "--experts", "base,expert-1", "--rank-limit", "expert-1=2")
+    assert run(directory, *words) == 0
+    out, err = capsys.readouterr()
+    model, mask = checkpoint.load_model(directory), torch.tensor([True, True, False, False])
+    asked = {"expert_mask": mask, "rank_limit": [None, 2, None, None], "max_new_tokens": NEW}
+    expected = model.generate(torch.tensor([[5, 17, 3]]), **asked)[0, 3:].tolist()
+    assert ids_of(",".join(out.split())) == expected and "expert-2: 0.0 %" in err
 
 
 def test_text_comes_as_it_is(with_text, capsys):
@@ -144,6 +154,13 @@ REFUSED = [
     (("--ids", "1", "--experts", ""), "--experts: got ''"),
     (("--ids", "1", "--experts=-0,-1,-2,-3"), "--experts: got '-0,-1,-2,-3'; accepted: what"),
     (("--ids", "1", "--experts", "0", "--experts", "1"), "--experts: got 2; accepted: one, or"),
+    (("--ids", "1", "--experts", "base,news"), "--experts: got 'base,news'; .* of base, expert-1"),
+    (("--ids", "1", "--rank-limit", "1"), "--rank-limit: got '1'; accepted: EXPERT=RANK"),
+    (("--ids", "1", "--rank-limit", "news=1"), "--rank-limit: got 'news=1'"),
+    (
+        ("--ids", "1", "--rank-limit", "1=4"),
+        r"rank_limit\[1\]: got 4; accepted: an integer from 0 to 3",
+    ),
     (("--ids", "1", "--active", "5"), "--active: got 5; accepted: 1 to 4"),
     (("--ids", "1", "--top-p", "0", "--temperature", "1"), "top_p: got 0.0"),
     (("--ids", "1", "--top-p", "0.9"), "--top-p: got 0.9 without --temperature"),

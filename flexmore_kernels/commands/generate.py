@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from . import add_device, positive
@@ -27,8 +28,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
     parser.add_argument(
         "--experts", action="append", metavar="LIST",
-        help="0,2,5: these alone; -3 or -3,-4: all but these (as --experts=-3,-4); once for all "
-        "prompts, or once a prompt",
+        help="0,2,5 or math,law: these alone; -3 or -math,-law: all but these (as "
+        "--experts=-math,-law); once for all prompts, or once a prompt",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rank-limit", action="append", default=[], metavar="EXPERT=RANK",
+        help="use the first ranks of an expert alone; repeat for more experts",
     )  # fmt: skip
     parser.add_argument(
         "--active", type=positive, metavar="K", help="experts a token; default: the config's"
@@ -40,6 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from .. import backend
+    from ..cards import cards_of
     from ..checkpoint import load_model, read_layout
     from ..text import Pieces, ids_of, read_tokenizer
 
@@ -62,7 +68,9 @@ def run(arguments: argparse.Namespace) -> int:
         if not prompt or max(prompt) >= vocabulary:
             raise ValueError(f"prompt {number}: got {prompt}; accepted: ids from 0 to "
                              f"{vocabulary - 1}, at least one")  # fmt: skip
-    experts = _expert_mask(arguments.experts, len(prompts), layout.config["num_experts"])
+    cards = cards_of(layout.config, layout.config["num_experts"])
+    experts = _expert_mask(arguments.experts, len(prompts), cards)
+    limits = _rank_limit(arguments.rank_limit, cards)
     dtype = arguments.dtype or ("bfloat16" if device == "cuda" else "float32")
     _say(f"loading {layout.directory} as {dtype} on {device}")
     model = load_model(layout, device, getattr(torch, dtype)).eval()
@@ -85,10 +93,11 @@ def run(arguments: argparse.Namespace) -> int:
             top_p=arguments.top_p,
             generator=torch.Generator(device).manual_seed(arguments.seed),
             expert_mask=None if experts is None else experts.to(device),
+            rank_limit=limits,
             stream=clock,
         )
     clock.printer.finish()
-    print(f"\n{clock.speed(len(prompts), sum(map(len, prompts)))}\n{_shares(counted)}",
+    print(f"\n{clock.speed(len(prompts), sum(map(len, prompts)))}\n{_shares(counted, cards)}",
           file=sys.stderr)  # fmt: skip
     return 0
 
@@ -151,15 +160,16 @@ class _Clock:
         return text
 
 
-def _shares(counted: list) -> str:
+def _shares(counted: list, cards: Sequence) -> str:
     """How many of the tokens each expert served, over all layers."""
     load = sum(one.load for one in counted).double()
     tokens = max(1, sum(int(one.tokens) for one in counted))
-    parts = (f"{e}: {100 * float(part) / tokens:.1f} %" for e, part in enumerate(load))
+    named = zip(cards, load, strict=True)
+    parts = (f"{card.name}: {100 * float(part) / tokens:.1f} %" for card, part in named)
     return "share of tokens per expert: " + ", ".join(parts)
 
 
-def _expert_mask(texts: list[str] | None, prompts: int, num_experts: int) -> Any:
+def _expert_mask(texts: list[str] | None, prompts: int, cards: Sequence) -> Any:
     """--experts as bool (E,) or, given once a prompt, (B, E)."""
     import torch
 
@@ -167,28 +177,49 @@ def _expert_mask(texts: list[str] | None, prompts: int, num_experts: int) -> Any
         return None
     if len(texts) not in (1, prompts):
         raise ValueError(f"--experts: got {len(texts)}; accepted: one, or one a prompt, {prompts}")
-    rows = torch.stack([_allowed(text, num_experts) for text in texts])
+    rows = torch.stack([_allowed(text, cards) for text in texts])
     return rows[0] if len(texts) == 1 else rows
 
 
-def _allowed(text: str, num_experts: int) -> Any:
-    import torch
+def _allowed(text: str, cards: Sequence) -> Any:
+    from ..cards import mask_of
 
     parts = [part.strip() for part in text.split(",")]
-    signs = {part.startswith("-") for part in parts}
-    without = True in signs
-    digits = [part.removeprefix("-") for part in parts]
-    numbers = [int(part) if part.isdecimal() else num_experts for part in digits]
-    if len(signs) > 1 or max(numbers) >= num_experts:
+    without = {part.startswith("-") for part in parts}
+    chosen = [_number(part.removeprefix("-"), cards) for part in parts]
+    if None in chosen or len(without) > 1:
         raise ValueError(
-            f"--experts: got {text!r}; accepted: 0,2,5 or all with a minus, -3,-4, of experts "
-            f"0 to {num_experts - 1}"
+            f"--experts: got {text!r}; accepted: 0,2,5 or all with a minus, -3,-4, of experts 0 to "
+            f"{len(cards) - 1}, or of {_names(cards)}"
         )
-    mask = torch.full((num_experts,), without)
-    mask[numbers] = not without
-    if not mask.any():
+    if without == {True} and len(set(chosen)) == len(cards):
         raise ValueError(f"--experts: got {text!r}; accepted: what leaves an expert")
-    return mask
+    return mask_of(cards, without=chosen) if without == {True} else mask_of(cards, only=chosen)
+
+
+def _number(text: str, cards: Sequence) -> int | None:
+    """The expert of a number or name; None if there is no such."""
+    if text.isdecimal():
+        return int(text) if int(text) < len(cards) else None
+    return next((e for e, card in enumerate(cards) if card.name == text), None)
+
+
+def _names(cards: Sequence) -> str:
+    return ", ".join(card.name for card in cards)
+
+
+def _rank_limit(texts: list[str], cards: Sequence) -> list[int | None] | None:
+    """--rank-limit as E entries; the model checks that they fit its ranks."""
+    limits: list[int | None] = [None] * len(cards)
+    for text in texts:
+        expert, _, rank = text.rpartition("=")
+        number = _number(expert, cards)
+        if number is None or not rank.isdecimal():
+            raise ValueError(
+                f"--rank-limit: got {text!r}; accepted: EXPERT=RANK, as 1=16, of {_names(cards)}"
+            )
+        limits[number] = int(rank)
+    return limits if texts else None
 
 
 def _activate(model: Any, top_k: int) -> None:
