@@ -11,27 +11,22 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
+from .cards import cards_of, find
 from .checkpoint import read_tensors
 from .checkpoint_folders import refuse_existing, removed_if_bad
 from .checkpoint_forms import check_kind, config_for, fuse_experts, pad_experts, padded_ranks
-from .checkpoint_layout import Layout, mlp_prefix, read_layout
+from .checkpoint_layout import Layout, read_layout
+from .checkpoint_picks import Pick, PickedExperts, members_of
 from .checkpoint_shared import check_alike, check_equal, mean_tensors, shared_names
 from .checkpoint_writer import CheckpointWriter, fingerprint
 from .progress import Progress
+from .router_kinds import check_shared_expert
 
 Say = Callable[[str], None] | None
-
-
-class Pick(NamedTuple):
-    """An expert of a checkpoint."""
-
-    layout: Layout
-    expert: int
 
 
 def merge(
@@ -71,8 +66,9 @@ def merge(
     picks = [Pick(layouts[0], 0), *experts]
     if top_k is None:
         top_k = layouts[0].config["num_experts_per_tok"]
-    if not 1 <= top_k <= len(picks):
-        raise ValueError(f"top_k: got {top_k}; accepted: 1 to {len(picks)}")
+    routed = len(picks) - (layouts[0].config.get("shared_expert", False) is not False)
+    if not 1 <= top_k <= routed:
+        raise ValueError(f"top_k: got {top_k}; accepted: 1 to {routed}")
     if shared == "equal":
         check_equal(layouts, say)
     averaged = layouts if shared == "average" else layouts[:1]
@@ -87,26 +83,35 @@ def drop(
     compat: bool = False,
     say: Say = None,
 ) -> Layout:
-    """The checkpoint without some of its experts and their router rows; others move up.
+    """The checkpoint without some of its experts and their router rows; others move up, and keep
+    their names.
 
     Computes what the whole one does with these experts excluded (`expert_mask`). Of fewer experts
     than a token had, all are used.
 
     Args:
-        experts: numbers from 1 to E - 1; expert 0, the base, stays.
+        experts: numbers from 1 to E - 1, or names; expert 0, the base, and a shared one stay.
 
     Raises ValueError naming what is wrong, or as `read_layout` and `CheckpointWriter` do.
     """
     refuse_existing(Path(out))
     layout = read_layout(directory)
     count = layout.config["num_experts"]
+    cards = cards_of(layout.config, count)
+    shared = check_shared_expert(layout.config.get("shared_expert", False), count)
+    experts = [find(cards, e, "experts") if isinstance(e, str) else e for e in experts]
     for expert in experts:
         if type(expert) is not int or not 1 <= expert < count:
             raise ValueError(f"experts: got {expert!r}; accepted: 1 to {count - 1}")
+        if expert == shared:
+            raise ValueError(f"experts: got {expert}, the shared expert; accepted: others")
     if not experts or len(set(experts)) != len(experts):
         raise ValueError(f"experts: got {list(experts)}; accepted: one or more, each once")
     picks = [Pick(layout, e) for e in range(count) if e not in experts]
-    top_k = min(layout.config["num_experts_per_tok"], len(picks))
+    routed = len(picks) - (shared is not None)
+    if not routed:
+        raise ValueError("experts: got all routed ones; accepted: what leaves one")
+    top_k = min(layout.config["num_experts_per_tok"], routed)
     return _compose(out, picks, [layout], top_k, task="pick", compat=compat, say=say)
 
 
@@ -129,6 +134,10 @@ def split(
     count, top_k = layout.config["num_experts"], min(2, layout.config["num_experts_per_tok"])
     if count < 2:
         raise ValueError(f"directory: {directory} has one expert; accepted: two or more")
+    shared = check_shared_expert(layout.config.get("shared_expert", False), count)
+    if shared:
+        raise ValueError(f"shared_expert: {directory} has {shared}; accepted: the base, or none")
+    top_k = 1 if shared == 0 else top_k
     # Under a name that says of what, so that a call after a kill finds what it had written.
     print_of = fingerprint([layout], task="split", compat=compat)
     partial = out.parent / f".{out.name}.{print_of}.partial"
@@ -199,10 +208,9 @@ def _compose(
     factors = any(entry != 0 for entries in ranks for entry in entries)
     low_rank = factors or any(pick.layout.kind == "flexmore" for pick in picks)
     kind = "flexmore" if low_rank else "flex_olmo"
-    config = config_for(
-        first.config | {"num_experts_per_tok": top_k}, ranks, kind=kind, compat=compat
-    )
-    padded, experts = padded_ranks(ranks), _Experts(picks, averaged)
+    changed = {"num_experts_per_tok": top_k, "num_experts": len(picks), **members_of(picks)}
+    config = config_for({**first.config, **changed}, ranks, kind=kind, compat=compat)
+    padded, experts = padded_ranks(ranks), PickedExperts(picks, averaged)
 
     def read(layer: int | None) -> dict[str, Tensor]:
         tensors = mean_tensors(averaged, shared_names(first, _names(first, layer)))
@@ -214,41 +222,6 @@ def _compose(
     order = [(layouts.index(pick.layout), pick.expert) for pick in picks]
     print_of = fingerprint(layouts, task=task, order=order, top_k=top_k, compat=compat)
     return _write(out, first, config, print_of, read, say, whole)
-
-
-class _Experts:
-    """Reads a layer's router rows and experts 1.. under their new numbers."""
-
-    def __init__(self, picks: Sequence[Pick], averaged: Sequence[Layout]) -> None:
-        self._picks, self._averaged = picks, averaged
-        self._names: dict[tuple[int, str], list[str]] = {}
-        for key, layout in {id(pick.layout): pick.layout for pick in picks}.items():
-            for name in layout.files:
-                head, found, tail = name.partition(".experts.")
-                if found:
-                    prefix = f"{head}{found}{tail.partition('.')[0]}."
-                    self._names.setdefault((key, prefix), []).append(name)
-
-    def read(self, layer: int) -> dict[str, Tensor]:
-        mlp = mlp_prefix(layer)
-        gate, bias = f"{mlp}gate.weight", f"{mlp}gate.expert_bias"
-        base = mean_tensors(self._averaged, [gate], slice(0, 1))[gate][0]
-        tensors, rows, biases, routers = {}, [base], [base.new_zeros(0)], {}
-        for number, (layout, expert) in enumerate(self._picks[1:], start=1):
-            if id(layout) not in routers:
-                routers[id(layout)] = read_tensors(layout, names=[gate, bias])
-            router = routers[id(layout)]
-            rows.append(router[gate][expert])
-            if bias in router:
-                biases.append(router[bias][expert - 1 : expert])
-            prefix = f"{mlp}experts.{expert}."
-            names = self._names.get((id(layout), prefix), [])
-            for name, tensor in read_tensors(layout, prefix, names=names).items():
-                tensors[f"{mlp}experts.{number}.{name}"] = tensor
-        tensors[gate] = torch.stack(rows)
-        if self._picks[0].layout.expert_bias:
-            tensors[bias] = torch.cat(biases)
-        return tensors
 
 
 def _names(layout: Layout, layer: int | None) -> list[str]:

@@ -14,9 +14,10 @@ from .checkpoint_config import RANK_KEYS
 from .checkpoint_layout import Layout
 from .model import FlexMoREConfig
 from .progress import Progress
+from .router_kinds import ROUTER_ROWS
 
 # Fields of a config that may differ between them.
-_OWN = ("num_experts", "num_experts_per_tok", "expert_ranks", "expert_bias", "extra")
+_OWN = ("num_experts", "num_experts_per_tok", "expert_ranks", "expert_bias", "experts", "extra")
 # Fields that our config does not know, and that change what is generated.
 _ALSO = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 _SHOWN = 8
@@ -24,8 +25,9 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def shared_names(layout: Layout, names: Iterable[str] | None = None) -> list[str]:
-    """Of a checkpoint's tensors, or of these of them, what every expert shares; routers aside."""
-    own = re.compile(r"\.mlp\.(experts\.[1-9]\d*|gate)\.")
+    """Of a checkpoint's tensors, or of these of them, what every expert shares; a router's rows
+    aside, its projector not."""
+    own = re.compile(r"\.mlp\.(experts\.[1-9]\d*\.|gate\.(weight|domain_embeddings|expert_bias)$)")
     return [name for name in (layout.files if names is None else names) if not own.search(name)]
 
 
@@ -93,7 +95,7 @@ def check_equal(layouts: Sequence[Layout], say: Callable[[str], None] | None = N
     Raises ValueError with the names of those that differ, by how much, and in which checkpoint.
     """
     first, others = layouts[0], layouts[1:]
-    routers = [name for name in first.files if name.endswith(".mlp.gate.weight")]
+    routers = [name for name in first.files if name.endswith(ROUTER_ROWS)]
     names = shared_names(first) + routers
     progress = Progress(sum(first.parts[name].nbytes for name in names), say)
     different = []
@@ -118,7 +120,7 @@ def check_equal(layouts: Sequence[Layout], say: Callable[[str], None] | None = N
 
 def _shared_part(layout: Layout, name: str) -> Tensor:
     tensor = read_tensors(layout, names=[name])[name]
-    return tensor[:1] if name.endswith(".mlp.gate.weight") else tensor
+    return tensor[:1] if name.endswith(ROUTER_ROWS) else tensor
 
 
 def mean_tensors(

@@ -11,6 +11,8 @@ from .checks import check_int, check_one_of
 ROUTERS = ("linear", "projected")
 ROUTER_FIELDS = ("router", "domain_embedding_size", "projector_size", "shared_expert")
 """Of a `FlexMoREConfig` and a config.json; absent: a linear router, no shared expert."""
+ROUTER_ROWS = (".mlp.gate.weight", ".mlp.gate.domain_embeddings")
+"""Ends of the names of what has a row for each expert: one of them in a layer."""
 
 
 def check_router_sizes(kind: str, m: int | None, h: int | None) -> tuple[int | None, int | None]:
@@ -43,12 +45,15 @@ def check_shared_expert(value: object, num_experts: int) -> int | None:
 
 
 def check_router_fields(config: Mapping[str, Any]) -> None:
-    """Check what a config.json says of the router and the experts' cards; ValueError or TypeError
-    names the field."""
+    """Check what a config.json says of the router and the experts' cards; ValueError names the
+    field."""
     count = config["num_experts"]
-    shared = check_shared_expert(config.get("shared_expert", False), count)
-    kind = config.get("router", "linear")
-    check_router_sizes(kind, config.get("domain_embedding_size"), config.get("projector_size"))
+    try:
+        shared = check_shared_expert(config.get("shared_expert", False), count)
+        kind = config.get("router", "linear")
+        check_router_sizes(kind, config.get("domain_embedding_size"), config.get("projector_size"))
+    except TypeError as error:
+        raise ValueError(f"config.json: {error}") from None
     if config["num_experts_per_tok"] > count - (shared is not None):
         raise ValueError(
             f"config.json: num_experts_per_tok is {config['num_experts_per_tok']}; accepted: 1 to "

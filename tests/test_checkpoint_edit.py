@@ -102,7 +102,7 @@ def test_split_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
 def test_merge_goes_on_where_it_stopped(tmp_path, monkeypatch):
     parts = checkpoint_edit.split(make(tmp_path / "whole"), tmp_path / "parts")
-    read, real = [], checkpoint_edit._Experts.read
+    read, real = [], checkpoint_edit.PickedExperts.read
 
     def stop(self, layer):
         read.append(layer)
@@ -110,7 +110,7 @@ def test_merge_goes_on_where_it_stopped(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(self, layer)
 
-    monkeypatch.setattr(checkpoint_edit._Experts, "read", stop)
+    monkeypatch.setattr(checkpoint_edit.PickedExperts, "read", stop)
     with pytest.raises(KeyboardInterrupt):
         checkpoint_edit.merge(parts, tmp_path / "merged")
     checkpoint_edit.merge(parts, tmp_path / "merged")

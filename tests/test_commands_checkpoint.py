@@ -108,6 +108,6 @@ def test_bad_input_is_an_error_before_any_work(directory, tmp_path):
         run(densify, directory, directory)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         run(merge, directory, tmp_path / "nowhere", tmp_path / "out")
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match="^experts: got 'one', which is not here"):
         run(drop, directory, tmp_path / "less", "--experts", "one")
     assert [path.name for path in tmp_path.iterdir()] == ["made"]

@@ -73,6 +73,7 @@ PLAN = (
     ("model",),
     ("checkpoint",),
     ("adapter_base", "adapter_export", "checkpoint_shared", "conversion"),
+    ("checkpoint_picks",),
     (
         "adapter_others",
         "checkpoint_edit",

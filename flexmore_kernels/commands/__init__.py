@@ -40,9 +40,10 @@ def add_compat(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def experts(text: str) -> list[int]:
-    """An argument's experts, as 2,5."""
-    return [int(part) for part in text.split(",")]
+def experts(text: str) -> list[int | str]:
+    """An argument's experts, as 2,5 or math,law."""
+    parts = [part.strip() for part in text.split(",")]
+    return [int(part) if part.isdecimal() else part for part in parts]
 
 
 def progress(command: str) -> Callable[[str], None]:

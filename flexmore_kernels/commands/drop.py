@@ -13,7 +13,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC")
     parser.add_argument("out", metavar="DST", help="directory of the new one")
     parser.add_argument(
-        "--experts", type=experts, required=True, metavar="E,E", help="those to leave out, as 2,5"
+        "--experts",
+        type=experts,
+        required=True,
+        metavar="E,E",
+        help="those to leave out, as 2,5 or math,law",
     )
     add_compat(parser)
 
