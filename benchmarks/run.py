@@ -31,7 +31,7 @@ from benchmarks.problem import DTYPES
 from benchmarks.shapes import SHAPES, SWEEP, SWEPT
 from benchmarks.training import FORWARD, STEP
 
-STEMS = ("routing", "permutation", "gated_mix", "lowrank", "grouped_gemm")
+STEMS = ("routing", "attribution", "permutation", "gated_mix", "lowrank", "grouped_gemm")
 ALL = tuple(CANDIDATES)
 PLAIN = tuple(
     name
@@ -83,6 +83,7 @@ def quick() -> list[Group]:
     return [
         layer(SWEPT, full, SHOWN, 50),
         Group(SWEPT, full, 25, stem="routing"),
+        Group(SWEPT, full, 10, stem="attribution"),
         Group(SWEPT, full, 10, stem="permutation"),
         layer(SWEPT, full, TRAINED, 35, STEP),
         layer(SWEPT, 8, (*OURS, "fair eager, by index", "Hugging Face grouped_mm"), 15),
@@ -99,10 +100,11 @@ def everything() -> list[Group]:
     return [
         layer(SWEPT, full, ALL, 60),
         Group(SWEPT, full, 25, stem="routing"),
+        Group(SWEPT, full, 10, stem="attribution"),
         Group(SWEPT, full, 10, stem="permutation"),
         *shapes,
         *sweep,
-        *(Group(SWEPT, full, 15, stem=stem) for stem in STEMS[2:]),
+        *(Group(SWEPT, full, 15, stem=stem) for stem in STEMS[3:]),
         layer(SWEPT, full, TRAINED, 35, STEP),
         layer("flexolmo_full", full, LONGEST, 75),
         layer("flexolmo_6x16", full, TRAINED, 30, STEP),

@@ -4,6 +4,7 @@ import importlib
 from typing import Any
 
 from . import flops, ops
+from .attribution import Attribution
 from .checks import validation
 from .counters import RouterStatistics
 from .layer import FlexMoRE
@@ -14,6 +15,7 @@ from .slow_paths import SlowPathWarning
 __version__ = "0.1.0"
 
 __all__ = [
+    "Attribution",
     "FlexMoRE",
     "FlexMoREConfig",
     "FlexMoREForCausalLM",

@@ -29,7 +29,7 @@ from . import native
 from .slow_paths import warn_once
 
 NAMES = ("native", "triton", "aten")
-STEMS = ("routing", "permutation", "grouped_gemm", "lowrank", "gated_mix", "experts")
+STEMS = ("routing", "attribution", "permutation", "grouped_gemm", "lowrank", "gated_mix", "experts")
 
 
 class Preference(NamedTuple):

@@ -6,20 +6,24 @@ OLMo-2's order of precision, RoPE in float32, grouped key-value heads. Maths: re
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import ops
-from .counters import RouterStatistics
 from .kv_cache import KVCache
 from .layer import FlexMoRE
 from .model_config import FlexMoREConfig
 from .ops.attention import attend, rotated_heads
 from .ops.rms_norm import rms_norm
+from .ops.routing import Routing
 from .positions import Step, heads_of, uncached
 from .rank_limit import RequestLimits
 from .shared_expert import all_but
+
+Watcher = Callable[[Routing, "Tensor | None", "Tensor | None"], None]
+"""Is given a routing, the mask of the experts between which it chose, and which tokens count."""
 
 
 class RMSNorm(nn.Module):
@@ -129,26 +133,19 @@ class Block(nn.Module):
             shared_expert=config.shared_expert,
             **kind,
         )
-        # What `FlexMoREForCausalLM.counting` adds to.
-        self.statistics: RouterStatistics | None = None
+        # By what for, who is told of each routing: see `FlexMoREForCausalLM.counting`.
+        self.watchers: dict[str, Watcher] = {}
         self.post_attention_layernorm = RMSNorm(D, eps, **kind)
         self.post_feedforward_layernorm = RMSNorm(D, eps, **kind)
 
     def forward(self, h, step, expert_mask, limits, cache, counted) -> Tensor:
         h = self.post_attention_layernorm(self.self_attn(h, step, cache), h)
-        if self.statistics is None:
+        if not self.watchers:
             y = self._mixture(h, expert_mask, limits, False)
         else:
             y, routing = self._mixture(h, expert_mask, limits, True)
-            self.statistics.add_(
-                ops.router_statistics(
-                    *(routing.logits, routing.indices, routing.weights),
-                    scoring=self.mlp.scoring,
-                    bias=self.mlp.gate.expert_bias,
-                    mask=self._selectable(expert_mask, h.device),
-                    padding_mask=counted,
-                )
-            )
+            for watcher in self.watchers.values():
+                watcher(routing, self._selectable(expert_mask, h.device), counted)
         return self.post_feedforward_layernorm(y, h)
 
     def _selectable(self, expert_mask: Tensor | None, device) -> Tensor | None:
@@ -193,7 +190,7 @@ class Decoder(nn.Module):
         if expert_mask is not None and expert_mask.dim() == 2:  # one for all tokens of a request
             expert_mask = expert_mask[:, None].expand(-1, length, -1).contiguous()
         counted = mask
-        if cache is not None and cache.ended is not None and self.layers[0].statistics is not None:
+        if cache is not None and cache.ended is not None and self.layers[0].watchers:
             alive = ~cache.ended[:, None].expand(batch, length)
             counted = alive if mask is None else alive & mask
         for layer in self.layers:

@@ -40,6 +40,7 @@ OPS = (
     Op("topk_route from logits", "routing", "topk_route"),
     Op("topk_route backward", "routing", "topk_route_backward"),
     Op("make_plan", "routing", "make_plan"),
+    Op("attribute", "attribution"),
     Op("permute", "permutation"),
     Op("unpermute", "permutation"),
     Op("grouped_gemm", "grouped_gemm"),

@@ -115,6 +115,7 @@ FORMULAS = {
     "topk_route": _nothing,
     "topk_route_backward": _nothing,
     "topk_route_linear": _route_linear,
+    "attribute_": _nothing,
     "make_plan": _nothing,
     "permute": _nothing,
     "unpermute": _nothing,

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import ops
+from .attribution import Attribution
+from .cards import Card, cards_of, mask_of
 from .checks import check_int, check_tensor
 from .counters import RouterStatistics
-from .decoder import Decoder, RMSNorm
+from .decoder import Decoder, RMSNorm, Watcher
 from .generation import generate
 from .kv_cache import KVCache
 from .layer import FlexMoRE
 from .model_config import FlexMoREConfig
+from .ops.routing import Routing
 from .preparation import Prepared
 from .rank_limit import RequestLimits, largest_ranks_of
 
@@ -123,16 +127,84 @@ class FlexMoREForCausalLM(nn.Module):
         They stay on the device (`RouterStatistics`, one a layer); padding does not count, nor what
         `generate` fills up ended requests with. Nested, the inner counters alone count.
         """
+        device, blocks = self._device, self.model.layers
+        counters = [RouterStatistics.zeros(self.config.num_experts, device) for _ in blocks]
+
+        def watcher(layer: FlexMoRE, counter: RouterStatistics) -> Watcher:
+            def add(routing: Routing, mask: Tensor | None, counted: Tensor | None) -> None:
+                how = {"scoring": layer.scoring, "bias": layer.gate.expert_bias, "mask": mask}
+                given = (routing.logits, routing.indices, routing.weights)
+                counter.add_(ops.router_statistics(*given, **how, padding_mask=counted))
+
+            return add
+
+        pairs = zip(blocks, counters, strict=True)
+        with self._watched("counting", [watcher(block.mlp, one) for block, one in pairs]):
+            yield counters
+
+    @contextlib.contextmanager
+    def attributing(self, batch: int) -> Iterator[Attribution]:
+        """Within, forwards of `batch` requests add what each expert did for each of them.
+
+        Row b of every forward is request b: another number of rows raises ValueError. One kernel a
+        layer, no host sync, captured by `generate`'s CUDA graphs: it can stay on. Padding does not
+        count, nor what `generate` fills up ended requests with; a forward that a backward runs
+        again counts again. Nested, the inner one alone counts.
+        """
+        blocks = self.model.layers
+        found = Attribution.zeros(len(blocks), batch, self.config.num_experts, self._device)
+
+        def watcher(layer: int) -> Watcher:
+            def add(routing: Routing, mask: Tensor | None, counted: Tensor | None) -> None:
+                if layer == 0:
+                    found.check_requests(routing.indices.shape[0])
+                found.count_(layer, routing.indices, routing.weights, counted)
+
+            return add
+
+        with self._watched("attributing", [watcher(layer) for layer in range(len(blocks))]):
+            yield found
+
+    @contextlib.contextmanager
+    def routings(self) -> Iterator[list[Routing]]:
+        """Within, forwards append each layer's routing to the list, differentiable, (B, S, ..)."""
+        seen: list[Routing] = []
+        watchers = [lambda routing, *_: seen.append(routing)] * len(self.model.layers)
+        with self._watched("routings", watchers):
+            yield seen
+
+    @contextlib.contextmanager
+    def _watched(self, name: str, watchers: Sequence[Watcher]) -> Iterator[None]:
+        """Within, each layer's routings go to its watcher, in the place of another of this name."""
         blocks = list(self.model.layers)
-        before = [block.statistics for block in blocks]
-        for block in blocks:
-            device = next(block.mlp.gate.parameters()).device
-            block.statistics = RouterStatistics.zeros(self.config.num_experts, device)
+        before = [block.watchers for block in blocks]
+        for block, watcher in zip(blocks, watchers, strict=True):
+            block.watchers = {**block.watchers, name: watcher}
         try:
-            yield [block.statistics for block in blocks]
+            yield
         finally:
-            for block, statistics in zip(blocks, before, strict=True):
-                block.statistics = statistics
+            for block, watchers in zip(blocks, before, strict=True):
+                block.watchers = watchers
+
+    @property
+    def cards(self) -> tuple[Card, ...]:
+        """The experts' cards: names, owners, licences."""
+        return cards_of(self.config, self.config.num_experts)
+
+    def expert_mask(
+        self,
+        only: Iterable[int | str] | None = None,
+        without: Iterable[int | str] | None = None,
+    ) -> Tensor:
+        """bool (E,) for `expert_mask=`: these experts alone, or all but those, by name or number.
+
+        Raises ValueError for an expert that is not there, or not any more, or where none is left.
+        """
+        return mask_of(self.cards, only, without).to(self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
 
     def prepare(self, merge: Any = "auto") -> list[Prepared]:
         """Prepare every layer for serving: see `FlexMoRE.prepare`; what was copied, one a layer.

@@ -20,6 +20,7 @@ gradient of the loss with respect to y. The accumulator dtype ("acc") is float64
 and float32 for every other.
 """
 
+from .attribution import attribute
 from .experts import StackedFactors, experts
 from .gated_mix import gated_mix
 from .generation import generate
@@ -38,7 +39,7 @@ from .routing import Routing, RoutingPlan, make_plan, topk_route
 
 __all__ = [
     "FlexMoRE", "FlexMoREForCausalLM", "RouterStatistics", "Routing", "RoutingPlan",
-    "StackedFactors", "expand", "experts", "gated_mix", "generate", "grouped_gemm",
+    "StackedFactors", "attribute", "expand", "experts", "gated_mix", "generate", "grouped_gemm",
     "load_balancing_loss", "make_plan", "permute", "router_statistics", "router_z_loss", "shrink",
     "topk_route", "unpermute",
 ]  # fmt: skip

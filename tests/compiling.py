@@ -50,9 +50,10 @@ CALLS = {
     "bf16, large ranks": Call(Setup((0, 512, 300, 16), 4096, BF16), ("lowrank", "experts")),
     "bf16, large aligned ranks": Call(Setup((0, 512, 256, 16), 4096, BF16), ("lowrank",)),
     "bf16, 64-bit sizes": Call(Setup(EQUAL, 256, BF16), ("lowrank",), wide=True),
-    "bf16, 40 experts": Call(Setup((0, *[16] * 39), 16384, BF16), ("routing",)),
+    "bf16, 40 experts": Call(Setup((0, *[16] * 39), 16384, BF16), ("routing", "attribution")),
     "bf16, 512 experts": Call(
-        Setup((0, *[16] * 511), 1024, BF16, top_k=8), ("routing", "permutation", "experts")
+        Setup((0, *[16] * 511), 1024, BF16, top_k=8),
+        ("routing", "attribution", "permutation", "experts"),
     ),
     "fp16, equal ranks": Call(Setup(EQUAL, 16384, FP16), ("routing", "gated_mix", "experts")),
     "fp16, 17 experts": Call(Setup((0, *[16] * 16), 1024, FP16)),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flexmore_kernels import ops
+from flexmore_kernels.attribution import Attribution
 from flexmore_kernels.ops.attention import Filled, Place, attend, rotated_heads
 from flexmore_kernels.ops.decoding import begin_token, greedy, settle
 from flexmore_kernels.ops.rms_norm import rms_norm
@@ -86,6 +87,20 @@ def routing(s: Setup) -> list[Tensor]:
             found += [routing.logits, routing.weights]
     differentiable = [output for output in found if output.grad_fn is not None]
     return [*_backward(*differentiable), *found, s.plan().row_to_slot]
+
+
+def attribution(s: Setup) -> list[Tensor]:
+    """Tokens of one request and of several, those that count, and an account that is added to."""
+    indices, weights, E = s.indices(), s.weights().detach(), len(s.ranks)
+    counted = torch.arange(s.tokens).to(s.device) % 3 > 0
+    found = [
+        *ops.attribute(indices, weights, 1, E, counted=counted),
+        *ops.attribute(indices, weights, s.tokens, E),
+        *ops.attribute(indices, weights, 2, E, request=indices[:, 0].contiguous() % 3),
+    ]
+    account = Attribution.zeros(1, 1, E, s.device)
+    account.count_(0, indices[None], weights[None])
+    return [*found, *account]
 
 
 def permutation(s: Setup) -> list[Tensor]:
@@ -167,5 +182,6 @@ def decoder(s: Setup) -> list[Tensor]:
 
 FAMILIES = {
     function.__name__: function
-    for function in (routing, permutation, grouped_gemm, lowrank, gated_mix, experts, decoder)
-}
+    for function in (routing, attribution, permutation, grouped_gemm, lowrank, gated_mix, experts,
+                     decoder)
+}  # fmt: skip

@@ -127,7 +127,8 @@ def test_ops_agree_with_the_reference(stem):
             module.prices, "tiny", 20, device="cpu", context=CONTEXT, say=quiet, seconds=0.01
         )
     )
-    assert {record["pass"] for record in found} == {"forward", "forward + backward"}
+    passes = {"forward"} if stem == "attribution" else {"forward", "forward + backward"}
+    assert {record["pass"] for record in found} == passes
     for record in found:
         assert record.keys() >= records.FIELDS
         for kernels, times in record["results"].items():

@@ -62,6 +62,8 @@ def forward(op: str, device: str, num_experts: int):
     weights = torch.rand(T, K, device=device, requires_grad=True)
     if op == "experts":
         return ops.experts(x, ids, weights, *some_experts(device, num_experts))
+    if op == "attribute":
+        return ops.attribute(ids, weights, 1, num_experts)[1]
     plan = ops.make_plan(ids, num_experts)
     rows = make_x(T * K, D, device).requires_grad_()
     ranks = [0, *[3] * (num_experts - 1)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 
 import pytest
@@ -58,6 +59,19 @@ def test_ids_of_one_prompt(directory, capsys):
     assert re.search(r"first token after \d+ ms \(3 tokens of prompt\); then [\d.]+ tokens/s", err)
     shares = [float(part) for part in re.findall(r": ([\d.]+) %", err)]
     assert len(shares) == 4 and sum(shares) == pytest.approx(200, abs=0.2)
+
+
+def test_an_account_of_each_prompt(directory, tmp_path):
+    path = tmp_path / "account.json"
+    prompts = ("--ids", "5,17,3", "--ids", "9", "--experts=-1", "--experts=-2")
+    assert run(directory, *prompts, "--account", str(path)) == 0
+    account = json.loads(path.read_text())
+    assert len(account["experts"]) == 4 and account["layers"] == 2
+    first, second = account["requests"]
+    assert (first["tokens"], second["tokens"]) == (3 + NEW - 1, 1 + NEW - 1)
+    assert first["rows"][1] == 0 == second["rows"][2] and first["weight_sum"][1] == 0
+    for one in (first, second):
+        assert sum(one["rows"]) == 2 * 2 * one["tokens"]
 
 
 def test_a_batch_with_experts_for_each_prompt(directory, capsys):

@@ -65,7 +65,7 @@ PLAN = (
     ("_aten", "memory_workspace"),
     ("_native", "_triton"),
     ("ops",),
-    ("flops", "layer", "positions", "sampling"),
+    ("attribution", "flops", "layer", "positions", "sampling"),
     ("kv_cache",),
     ("decoder", "memory_plan"),
     ("decode_step",),

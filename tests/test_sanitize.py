@@ -50,9 +50,12 @@ CASES = {
     ),
     "plan of several blocks": (
         Setup((0, 1, 1, 1), 3000, BF16, hidden=16),
-        ("routing", "permutation"),
+        ("routing", "attribution", "permutation"),
     ),
-    "200 experts": (Setup((0, *[1] * 199), 5, FP32, hidden=20), ("routing", "permutation")),
+    "200 experts": (
+        Setup((0, *[1] * 199), 5, FP32, hidden=20),
+        ("routing", "attribution", "permutation"),
+    ),
     "double": (Setup((0, 1, 1), 6, FP64, hidden=10), ("routing", "permutation")),
     "300 experts": (Setup((0, *[1] * 299), 5, FP32, hidden=20), ("routing",)),
     "double, 300 experts": (Setup((0, *[1] * 299), 5, FP64, hidden=7), ("routing", "permutation")),

@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from . import add_device, positive
@@ -38,6 +39,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--active", type=positive, metavar="K", help="experts a token; default: the config's"
     )
+    parser.add_argument(
+        "--account", metavar="FILE",
+        help="write each prompt's tokens, and rows and routing weight by expert, as JSON",
+    )  # fmt: skip
     add_device(parser)
 
 
@@ -47,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     from .. import backend
     from ..cards import cards_of
     from ..checkpoint import load_model, read_layout
+    from ..checkpoint_writer import write_json
     from ..text import Pieces, ids_of, read_tokenizer
 
     for name in ("top_k", "top_p"):
@@ -83,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
     length = max(map(len, prompts))
     ids = torch.tensor([[0] * (length - len(p)) + p for p in prompts], device=device)
     real = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=device)
-    with model.counting() as counted:
+    with model.attributing(len(prompts)) as attribution:
         model.generate(
             ids,
             attention_mask=real,
@@ -97,8 +103,11 @@ def run(arguments: argparse.Namespace) -> int:
             stream=clock,
         )
     clock.printer.finish()
-    print(f"\n{clock.speed(len(prompts), sum(map(len, prompts)))}\n{_shares(counted, cards)}",
+    print(f"\n{clock.speed(len(prompts), sum(map(len, prompts)))}\n{_shares(attribution, cards)}",
           file=sys.stderr)  # fmt: skip
+    if arguments.account is not None:
+        account = attribution.to_dict([card.name for card in cards])
+        write_json(Path(arguments.account), account)
     return 0
 
 
@@ -160,12 +169,11 @@ class _Clock:
         return text
 
 
-def _shares(counted: list, cards: Sequence) -> str:
+def _shares(attribution: Any, cards: Sequence) -> str:
     """How many of the tokens each expert served, over all layers."""
-    load = sum(one.load for one in counted).double()
-    tokens = max(1, sum(int(one.tokens) for one in counted))
-    named = zip(cards, load, strict=True)
-    parts = (f"{card.name}: {100 * float(part) / tokens:.1f} %" for card, part in named)
+    tokens = max(1, int(attribution.tokens.sum()) * attribution.num_layers)
+    named = zip(cards, attribution.rows.sum(0).tolist(), strict=True)
+    parts = (f"{card.name}: {100 * rows / tokens:.1f} %" for card, rows in named)
     return "share of tokens per expert: " + ", ".join(parts)
 
 

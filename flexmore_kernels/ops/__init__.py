@@ -1,5 +1,6 @@
 """The ops, one concept a file. Each has a twin of the same signature in `reference`."""
 
+from .attribution import attribute
 from .experts import experts
 from .gated_mix import gated_mix
 from .grouped_gemm import grouped_gemm
@@ -9,6 +10,7 @@ from .router_loss import load_balancing_loss, router_statistics, router_z_loss
 from .routing import make_plan, topk_route
 
 __all__ = [
+    "attribute",
     "expand",
     "experts",
     "gated_mix",
