@@ -126,7 +126,7 @@ class Bench:
         def sample(name: str) -> float:
             steps[name].restart()
             steps[name].step()
-            return _milliseconds(steps[name].step, count, self.device) / count
+            return milliseconds(steps[name].step, count, self.device) / count
 
         how = "events" if self.device == "cuda" else "wall"
         return found, in_turn(steps, sample, count, how, self.clocks, ROUNDS)
@@ -201,7 +201,7 @@ def in_turn(
     return {name: Times.of(values, how, count) for name, values in samples.items()}
 
 
-def _milliseconds(call: Call, count: int, device: str) -> float:
+def milliseconds(call: Call, count: int, device: str) -> float:
     if device != "cuda":
         begin = time.perf_counter()
         for _ in range(count):

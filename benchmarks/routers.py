@@ -1,6 +1,6 @@
 """Times a layer by its router, and a model with and without attribution.
 
-    python -m benchmarks.routers               # a minute on an H100
+    python -m benchmarks.routers               # two minutes on an H100
     python -m benchmarks.routers --device cpu
 
 All candidates of a layer compute five experts a token with the same experts' weights: a linear
@@ -11,7 +11,9 @@ beside four routed. The projected rows are those of the linear router's size. Ra
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +23,8 @@ import torch
 
 import flexmore_kernels as fk
 import reference
-from benchmarks import printed, records
+from benchmarks import decoders, printed, records
+from benchmarks.generation import ROUNDS, in_turn, milliseconds
 from benchmarks.problem import DTYPES
 from benchmarks.run import Progress
 from benchmarks.shapes import SHAPES, Shape
@@ -30,6 +33,7 @@ from flexmore_kernels.testing import accuracy, tree_map
 from flexmore_kernels.timing import compare
 
 LINEAR, KEPT, PROJECTED, SHARED = "linear", "projected, kept", "projected", "linear, base shared"
+PLAIN, ATTRIBUTED = "without", "attributed"
 TOKENS = (1, 16, 4096, 16384)
 EMBEDDING = 1024
 """Width of the domain embeddings, as of common sentence encoders."""
@@ -108,6 +112,49 @@ def record(
     }  # fmt: skip
 
 
+@torch.no_grad()
+def attributed(shape_name: str, device: str, dtype: torch.dtype, clocks: records.Clocks):
+    """(op, tokens, times) of the model's prompt and decoding step, with and without attribution."""
+    work = decoders.WORK[shape_name]
+    model = decoders.ours(decoders.config_of(shape_name), device, dtype)
+    model.prepare()
+    ids = torch.randint(model.config.vocab_size, work.prompts, device=device)
+
+    def counted(call: Callable[[], Any], batch: int) -> Callable[[], Any]:
+        def run() -> Any:
+            with model.attributing(batch):
+                return call()
+
+        return run
+
+    prompt: Callable = functools.partial(decoders.prefill, model, ids)
+    calls = {PLAIN: prompt, ATTRIBUTED: counted(prompt, len(ids))}
+    times = compare(calls, device, budget_s=8.0, each_round=clocks.look)
+    yield "prompt, attributed", ids.numel(), times
+    for batch in work.batches:
+        prompts = torch.randint(
+            model.config.vocab_size, (batch, work.context), device=device
+        )  # fmt: skip
+        make = functools.partial(decoders.OurSteps, model, prompts, work.columns)
+        steps = {}
+        for name in (PLAIN, ATTRIBUTED):
+            with model.attributing(batch) if name == ATTRIBUTED else contextlib.nullcontext():
+                one = steps[name] = make()
+                one.restart()
+                for _ in range(work.steps):  # captures
+                    one.step()
+
+        def sample(name: str, steps=steps, batch=batch) -> float:
+            steps[name].restart()
+            with model.attributing(batch) if name == ATTRIBUTED else contextlib.nullcontext():
+                steps[name].step()
+                return milliseconds(steps[name].step, work.steps, device) / work.steps
+
+        how = "events" if device == "cuda" else "wall"
+        times = in_turn(steps, sample, work.steps, how, clocks, ROUNDS)
+        yield "step, attributed", batch, times
+
+
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -137,6 +184,11 @@ def main(words: Sequence[str] | None = None) -> int:
         with torch.inference_mode():
             times = compare(calls, device, budget_s=6.0, each_round=clocks.look)
         taken = record("router", ratios, times, context, name, tokens, dtype, clocks)
+        records.append(taken, given.results)
+        print(printed.full(taken), flush=True)
+    for op, tokens, times in attributed(name, device, dtype, clocks):
+        ones = dict.fromkeys(times, 0.0)  # the same model: nothing to compare
+        taken = record(op, ones, times, context, name, tokens, dtype, clocks)
         records.append(taken, given.results)
         print(printed.full(taken), flush=True)
     return 0
