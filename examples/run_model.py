@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import run_text
@@ -69,28 +67,6 @@ def with_expert(public: fk.FlexMoREForCausalLM, rank: int) -> fk.FlexMoREForCaus
     model = fk.FlexMoREForCausalLM(config, device="meta")
     model.load_state_dict(tensors, assign=True)
     return model
-
-
-@contextlib.contextmanager
-def routings(model) -> Iterator[list]:
-    """Within, a forward appends each layer's routing to the list, differentiable."""
-    seen: list = []
-
-    def ask(layer, given, named):
-        return given, named | {"return_routing": True}
-
-    def keep(layer, given, result):
-        seen.append(result[1])
-        return result[0]
-
-    layers = [block.mlp for block in model.model.layers]
-    hooks = [layer.register_forward_pre_hook(ask, with_kwargs=True) for layer in layers]
-    hooks += [layer.register_forward_hook(keep) for layer in layers]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def write_result(model, out: Path, dtype: torch.dtype, new: int | None, options, bytewise) -> None:

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import run_options
 import torch
-from run_model import UNFINISHED, routings, small_decoder, with_expert, write_result
+from run_model import UNFINISHED, small_decoder, with_expert, write_result
 from run_report import Bar, write_curves
 from run_state import RunFolder, State
 from run_text import BYTES, batch_of, contents, read_ids
@@ -80,7 +80,7 @@ def stages_of(model, options, texts: tuple[Tensor, Tensor], new: int | None) -> 
 def losses_of(model, stage: Stage, z_loss: float, batch: tuple[Tensor, Tensor]):
     """(what is minimised, the text's own loss) of a batch."""
     inputs, targets = batch
-    with routings(model) as seen:
+    with model.routings() as seen:
         logits = model(inputs, expert_mask=stage.mask)
     text = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
     layers = [block.mlp for block in model.model.layers]

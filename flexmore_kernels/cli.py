@@ -17,6 +17,7 @@ from .commands import (
     demo,
     densify,
     drop,
+    embed,
     env,
     export_adapter,
     generate,
@@ -24,6 +25,7 @@ from .commands import (
     inspect,
     merge,
     plan,
+    router,
     split,
     sweep,
     verify,
@@ -33,6 +35,7 @@ COMMANDS = (
     demo, generate, inspect, verify,
     convert, sweep, activations,
     merge, split, drop, densify, import_adapters, export_adapter,
+    embed, router,
     plan, bench, env,
 )  # fmt: skip
 MISUSED = 2

@@ -198,8 +198,8 @@ def _print_head(
     for note in layout.notes:
         print(f"  note: {note}")
     print(f"{tokens} tokens, {name}, on {where}")
-    chosen = (f"{stem} {backend.chosen(stem, device)}" for stem in backend.STEMS)
-    print("kernels: " + ", ".join(chosen))
+    stems = (stem for stem in backend.STEMS if stem != "attribution")  # nobody asks for it here
+    print("kernels: " + ", ".join(f"{stem} {backend.chosen(stem, device)}" for stem in stems))
     print()
     print(f"{'':{RANKS_WIDTH + 7}}{'error /':>10}{'milliseconds':>44}")
     titles = "".join(f"{column:>11}" for column in COLUMNS)

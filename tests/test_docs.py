@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from flexmore_kernels import cli
+from flexmore_kernels.checkpoint import make_demo_checkpoint
 
 DOCS = Path(__file__).parent.parent / "docs"
 SIZES = {
@@ -48,7 +50,34 @@ def adapters(transformers):
         model.save_pretrained(f"lora-{name}")
 
 
-@pytest.mark.parametrize("make", (flexolmo, adapters), ids=("from_flexolmo", "adapters"))
+TEXTS = {
+    "public": "The cat sat.\n\nIt slept.",
+    "math": "1 + 1 = 2\n\n3 * 7 = 21",
+    "code": "def f(x):\n    return x\n\nfor i in y: pass",
+}
+
+
+def routers(_):
+    tokenizers = pytest.importorskip("tokenizers")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "vocab_size": 300}
+    make_demo_checkpoint("mixture", **sizes, top_k=3, expert_ranks=(0, 4, 8))
+    path = Path("mixture/config.json")
+    cards = [{"name": name} for name in ("base", "math", "code")]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"experts": cards}))
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    model = tokenizers.models.BPE({letter: n for n, letter in enumerate(letters)}, [])
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.save("mixture/tokenizer.json")
+    Path("text").mkdir()
+    for name, text in TEXTS.items():
+        Path(f"text/{name}.txt").write_text(text)
+
+
+GUIDES = {"from_flexolmo": flexolmo, "adapters": adapters, "routers": routers}
+
+
+@pytest.mark.parametrize("make", GUIDES.values(), ids=GUIDES)
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_guide(make, request, tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers", minversion="5.17")
