@@ -6,6 +6,7 @@ experts are called "base", "expert-1", "expert-2" ...
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -60,6 +61,11 @@ def check_cards(cards: Iterable, count: int, argument: str = KEY) -> tuple[Card,
 
 def default_name(expert: int) -> str:
     return f"expert-{expert}" if expert else "base"
+
+
+def is_default(name: str) -> bool:
+    """Whether it says no more than a number."""
+    return re.fullmatch(r"base|expert-\d+", name) is not None
 
 
 def cards_of(config: Any, count: int) -> tuple[Card, ...]:

@@ -179,13 +179,13 @@ def densify(
     check_kind(kind, layout.config, ranks, layout.expert_bias)
 
     def read(layer: int | None) -> dict[str, Tensor]:
-        tensors = read_tensors(layout, names=_names(layout, layer), device=device)
+        tensors = read_tensors(layout, names=names_of(layout, layer), device=device)
         tensors = pad_experts(tensors, [0] * count)
         return fuse_experts(tensors, count) if fused else tensors
 
     print_of = fingerprint([layout], task="densify", fused=fused)
     config = config_for(layout.config, ranks, kind=kind)
-    return _write(out, layout, config, print_of, read, say)
+    return write_layers(out, layout, config, print_of, read, say)
 
 
 def _compose(
@@ -213,7 +213,7 @@ def _compose(
     padded, experts = padded_ranks(ranks), PickedExperts(picks, averaged)
 
     def read(layer: int | None) -> dict[str, Tensor]:
-        tensors = mean_tensors(averaged, shared_names(first, _names(first, layer)))
+        tensors = mean_tensors(averaged, shared_names(first, names_of(first, layer)))
         if layer is not None:
             tensors |= experts.read(layer)
         return pad_experts(tensors, padded) if compat else tensors
@@ -221,16 +221,16 @@ def _compose(
     layouts = list({id(x): x for x in (*averaged, *(pick.layout for pick in picks))}.values())
     order = [(layouts.index(pick.layout), pick.expert) for pick in picks]
     print_of = fingerprint(layouts, task=task, order=order, top_k=top_k, compat=compat)
-    return _write(out, first, config, print_of, read, say, whole)
+    return write_layers(out, first, config, print_of, read, say, whole)
 
 
-def _names(layout: Layout, layer: int | None) -> list[str]:
+def names_of(layout: Layout, layer: int | None) -> list[str]:
     """The canonical names of a layer, or of what is in no layer."""
     start = "model.layers." if layer is None else f"model.layers.{layer}."
     return [name for name in layout.files if name.startswith(start) == (layer is not None)]
 
 
-def _write(
+def write_layers(
     out: str | os.PathLike,
     source: Layout,
     config: dict[str, Any],

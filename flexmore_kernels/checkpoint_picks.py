@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .cards import KEY, cards_of, check_cards, config_cards, default_name
+from .cards import KEY, cards_of, check_cards, config_cards, default_name, is_default
 from .checkpoint import read_tensors
 from .checkpoint_layout import Layout, mlp_prefix
 from .checkpoint_shared import mean_tensors
@@ -29,9 +29,10 @@ def members_of(picks: Sequence[Pick]) -> dict[str, Any]:
     first, which is the base's.
     """
     cards = []
+    alone = len({id(pick.layout) for pick in picks}) == 1  # then all names stay
     for number, (layout, expert) in enumerate(picks):
         card = cards_of(layout.config, layout.config["num_experts"])[expert]
-        named = card.name != default_name(expert)
+        named = alone or not is_default(card.name)
         cards.append(card if named else card._replace(name=default_name(number)))
     first = picks[0].layout
     shared = first.config.get("shared_expert", False)

@@ -44,7 +44,7 @@ def check_alike(layouts: Sequence[Layout], mixed: bool) -> None:
     for layout in layouts:
         if layout.config["num_experts"] < 2:
             raise ValueError(f"{layout.directory}: has one expert; accepted: two or more")
-    configs = [_comparable(layout) for layout in layouts]
+    configs = [comparable(layout) for layout in layouts]
     for layout, config in zip(layouts[1:], configs[1:], strict=True):
         for name, value in config.items():
             if value != configs[0][name]:
@@ -67,7 +67,8 @@ def check_alike(layouts: Sequence[Layout], mixed: bool) -> None:
         _check_dtypes(first, layout)
 
 
-def _comparable(layout: Layout) -> dict:
+def comparable(layout: Layout) -> dict:
+    """The fields of a config that checkpoints of one mixture have in common."""
     values = {name: value for name, value in layout.config.items() if name not in RANK_KEYS}
     config = FlexMoREConfig.from_dict({"model_type": "flexmore"} | values)
     fields = (field.name for field in dataclasses.fields(config))

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from .commands import (
     FAILED,
     activations,
+    add,
     bench,
     convert,
     demo,
@@ -20,14 +21,20 @@ from .commands import (
     embed,
     env,
     export_adapter,
+    export_expert,
     generate,
     import_adapters,
     inspect,
+    list_experts,
     merge,
     plan,
+    replace,
+    rerank,
     router,
     split,
     sweep,
+    tag,
+    upcycle,
     verify,
 )
 
@@ -35,6 +42,7 @@ COMMANDS = (
     demo, generate, inspect, verify,
     convert, sweep, activations,
     merge, split, drop, densify, import_adapters, export_adapter,
+    add, replace, rerank, list_experts, tag, export_expert, upcycle,
     embed, router,
     plan, bench, env,
 )  # fmt: skip

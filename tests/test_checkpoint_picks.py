@@ -71,11 +71,19 @@ def test_drop_by_name_is_the_mask(tmp_path, fields):
     assert_accurate(logits(less), truth, logits(whole, mask))
 
 
-def test_default_names_follow_the_number(tmp_path):
+def test_names_stay_when_numbers_move_up(tmp_path):
+    """Else a request for expert-1, which is gone, would get another one."""
     whole = make(tmp_path / "whole")
     less = checkpoint_edit.drop(whole, [1], tmp_path / "less")
-    assert "experts" not in less.config
-    assert cards_of(less.config, 3)[1].name == "expert-1"
+    assert [card.name for card in cards_of(less.config, 3)] == ["base", "expert-2", "expert-3"]
+    last = checkpoint_edit.drop(whole, [3], tmp_path / "last")
+    assert "experts" not in last.config
+
+
+def test_default_names_follow_the_number_in_a_merge(tmp_path):
+    parts = checkpoint_edit.split(make(tmp_path / "whole"), tmp_path / "parts")
+    both = checkpoint_edit.merge([parts[1], parts[0]], tmp_path / "both")
+    assert [card.name for card in cards_of(both.config, 3)] == ["base", "expert-1", "expert-2"]
 
 
 def test_the_shared_expert_moves_up_and_stays(tmp_path):

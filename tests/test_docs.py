@@ -12,6 +12,10 @@ import torch
 
 from flexmore_kernels import cli
 from flexmore_kernels.checkpoint import make_demo_checkpoint
+from flexmore_kernels.checkpoint_edit import drop
+from flexmore_kernels.domain_embedding import save_embeddings
+from tests.members import RANKS as MEMBERS
+from tests.members import make_checkpoint, make_dense
 
 DOCS = Path(__file__).parent.parent / "docs"
 SIZES = {
@@ -74,7 +78,22 @@ def routers(_):
         Path(f"text/{name}.txt").write_text(text)
 
 
-GUIDES = {"from_flexolmo": flexolmo, "adapters": adapters, "routers": routers}
+def life_of_a_mixture(_):
+    make_checkpoint(Path("whole"), (*MEMBERS, 3))
+    drop("whole", [4], "mixture")
+    drop("whole", [1, 2, 3], "pair")
+    names = ("dense-law", "dense-code", "dense-math")
+    for seed, name in enumerate(("seed", *names)):
+        make_dense(Path(name), seed)
+    save_embeddings("domains.safetensors", {name: torch.randn(8) for name in names})
+
+
+GUIDES = {
+    "from_flexolmo": flexolmo,
+    "adapters": adapters,
+    "routers": routers,
+    "life_of_a_mixture": life_of_a_mixture,
+}
 
 
 @pytest.mark.parametrize("make", GUIDES.values(), ids=GUIDES)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from flexmore_kernels import backend
+from tests.floors import PLAN
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "flexmore_kernels"
@@ -18,86 +19,6 @@ STEMS = sorted(p.stem for p in (PACKAGE / "ops").glob("*.py") if p.stem != "__in
 LAYERS = ("layer", "model")
 PRIVATE = ("_aten", "_native", "_triton")
 
-# Floors from the ground up. Imports go to a lower floor, or stay inside one of the folders.
-PLAN = (
-    (
-        "accuracy",
-        "adapter_config",
-        "baselines",
-        "checkpoint_config",
-        "checkpoint_headers",
-        "checks",
-        "counters",
-        "documents",
-        "environment_text",
-        "explain_text",
-        "progress",
-        "ragged",
-        "rotary",
-        "shapes",
-        "slow_paths",
-        "text",
-        "timing",
-        "tuning",
-    ),
-    ("cards", "rank_limit"),
-    ("router_kinds",),
-    (
-        "checkpoint_folders",
-        "checkpoint_layout",
-        "model_config",
-        "native",
-        "projection",
-        "shared_expert",
-        "storage",
-        "testing",
-    ),
-    (
-        "adapters",
-        "backend",
-        "casting",
-        "checkpoint_forms",
-        "checkpoint_writer",
-        "floors",
-        "library",
-        "schedule",
-    ),
-    ("domain_embedding", "kept", "layer_checks", "preparation", "router"),
-    ("_aten", "memory_workspace"),
-    ("_native", "_triton"),
-    ("ops",),
-    ("attribution", "flops", "layer", "positions", "sampling"),
-    ("kv_cache",),
-    ("decoder", "memory_plan"),
-    ("decode_step",),
-    ("generation",),
-    ("model",),
-    ("checkpoint", "router_inputs"),
-    (
-        "adapter_base",
-        "adapter_export",
-        "checkpoint_shared",
-        "conversion",
-        "router_checkpoint",
-        "router_rows",
-    ),
-    ("checkpoint_picks",),
-    (
-        "adapter_others",
-        "checkpoint_edit",
-        "checkpoint_report",
-        "demo",
-        "environment",
-        "explain",
-        "hf",
-        "router_ridge",
-        "router_tune",
-        "verification",
-    ),
-    ("adapter_import",),
-    ("commands",),
-    ("cli",),
-)
 FLOORS = {room: floor for floor, rooms in enumerate(PLAN) for room in rooms}
 
 
