@@ -66,9 +66,15 @@ def test_rows_and_weights_are_the_references(padding, shared, device):
     ids, left = prompts(device)
     mask = {"none": None, "left": left, "right": left.flip(1)}[padding]
     experts = torch.tensor(EXPERTS, device=device).bool()
-    with model.attributing(3) as attribution:
+    with model.attributing(3) as attribution, model.routings() as seen:
         model(ids, mask, expert_mask=experts)
-    check(attribution, twin(model), ids, mask, experts)
+    rows = expected(twin(model), ids, mask, experts)[0]
+    testing.assert_same(attribution.layer_rows, rows)
+    counted = None if mask is None else mask.flatten().bool()
+    for layer, routing in enumerate(seen):  # the same weights: exactly their sums
+        given = (routing.indices.flatten(0, 1), routing.weights.flatten(0, 1), 3, len(EXPERTS[0]))
+        sums = reference.attribute(*given, counted=counted)[1]
+        testing.assert_same(attribution.layer_weight_sum[layer], sums)
     tokens = list(LENGTHS) if mask is not None else [7] * 3
     assert attribution.tokens.tolist() == tokens
     assert not attribution.rows[~experts].any() and not attribution.weight_sum[~experts].any()

@@ -113,9 +113,9 @@ def model_of(ranks=RANKS, device="cpu"):
 
 
 def test_requests_of_one_batch_have_their_own(device):
-    """A request's logits, beside others or alone; and as generated with a cache."""
+    """A request's logits, beside others or alone."""
     model = model_of(device=device)
-    ids = torch.randint(40, (3, 5), device=device)
+    ids = torch.randint(40, (3, 40), device=device)
     each = [LIMITS, None, [None, 1, None, None, None]]
     mask = torch.ones(3, 5, dtype=torch.bool, device=device)
     mask[0, 4] = False

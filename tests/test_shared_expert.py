@@ -35,10 +35,10 @@ def masks(tokens: int, experts: int, shared: int) -> dict:
 @pytest.mark.parametrize("which", ["none", "some", "alone", "without"])
 @pytest.mark.parametrize("given", ["x", "logits"])
 def test_route_matches_the_reference(device, kernels, shared, scoring, which, given):
-    x = torch.randn(7, 16, device=device)
-    weight = torch.randn(5, 16, device=device) if given == "x" else None
-    logits = x if given == "x" else torch.randn(7, 5, device=device)
-    mask = masks(7, 5, shared)[which]
+    x = torch.randn(67, 40, device=device)
+    weight = torch.randn(5, 40, device=device) if given == "x" else None
+    logits = x if given == "x" else torch.randn(67, 5, device=device)
+    mask = masks(67, 5, shared)[which]
     options = {"top_k": 2, "scoring": scoring, "shared": shared}
     options["mask"] = None if mask is None else mask.to(device)
     options["bias"] = torch.randn(4, device=device)

@@ -98,7 +98,8 @@ def topk_route(
     num_experts = x.shape[1] if weight is None else weight.shape[0]
     if shared is not None:
         shared = check_int("shared", shared, 0, num_experts - 1)
-    top_k = check_int("top_k", top_k, 1, num_experts - (shared is not None))
+    routed = num_experts if shared is None else num_experts - 1
+    top_k = check_int("top_k", top_k, 1, routed)
     if not isinstance(norm_topk_prob, bool):
         raise TypeError(f"norm_topk_prob: got {norm_topk_prob!r}; accepted: True or False")
     check_one_of("scoring", scoring, SCORINGS)
@@ -163,7 +164,7 @@ def _topk_route(logits, bias, mask, top_k, norm_topk_prob, scoring, shared=None)
 
 
 def _topk_route_fake(logits, bias, mask, top_k, norm_topk_prob, scoring, shared=None):
-    shape = (logits.shape[0], top_k + (shared is not None))
+    shape = (logits.shape[0], top_k if shared is None else top_k + 1)
     acc = torch.promote_types(logits.dtype, torch.float32)
     return logits.new_empty(shape, dtype=acc), logits.new_empty(shape, dtype=torch.int64)
 
