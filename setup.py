@@ -292,7 +292,7 @@ if __name__ == "__main__":
     setup(
         packages=[*find_packages(include=["flexmore_kernels*"]), "flexmore_kernels.reference"],
         package_dir={"flexmore_kernels.reference": "reference"},
-        package_data={"flexmore_kernels": ["py.typed", "tuned/*.json"]},
+        package_data={"flexmore_kernels": ["py.typed", "tuned/*.json", "default_model/*"]},
         ext_modules=extensions if missing is None else [],
         cmdclass={"build_ext": CMakeBuild, "build_py": Build, "sdist": SourceDistribution},
         options=every_python if missing is None else {},

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import scores
+import tokens
 import torch
 from corpus import Corpus
 from factors import cut, spent
@@ -22,10 +23,13 @@ from train import Group
 
 from flexmore_kernels.checkpoint import save_checkpoint
 from flexmore_kernels.checkpoint_folders import refuse_existing
-from flexmore_kernels.checkpoint_writer import write_text
+from flexmore_kernels.checkpoint_writer import write_json, write_text
+from flexmore_kernels.domains_demo import PROMPTS
 from flexmore_kernels.text import TOKENIZER_FILE
 
 CARD = Path(__file__).with_name("model_card.md")
+PROMPT, FOLLOWS = 40, 200
+"""Tokens of a sample's two parts."""
 
 
 def export(settings: Settings, corpus: Corpus, store: Store, directory: Path) -> None:
@@ -52,7 +56,21 @@ def export(settings: Settings, corpus: Corpus, store: Store, directory: Path) ->
     tokenizer = (store.directory / TOKENIZER_FILE).read_text()
     save_checkpoint(directory, tensors, {**model.config.to_dict(), "torch_dtype": "bfloat16"})
     write_text(directory / TOKENIZER_FILE, tokenizer)
+    write_json(directory / PROMPTS, samples(corpus, store.directory))
     write_text(directory / "README.md", card)
+
+
+def samples(corpus: Corpus, directory: Path) -> dict[str, dict[str, str]]:
+    """For `flexmore demo`: of each domain the begin of its held-out text, a prompt and what
+    follows it, whole characters."""
+    tokenizer = tokens.read(directory)
+    found = {}
+    for domain in corpus.domains:
+        ids = corpus.heldout[domain].windows[0].tolist()
+        parts = (ids[:PROMPT], ids[PROMPT : PROMPT + FOLLOWS])
+        prompt, text = (tokenizer.decode(part).strip("\ufffd") for part in parts)
+        found[domain] = {"prompt": prompt, "text": text}
+    return found
 
 
 def _tuned(seed: Seed, experts: Sequence[Ffn], domains: Sequence[str]):

@@ -68,9 +68,8 @@ A seed's entry:
                      "late_after"   after a short fine-tuning, half of it on the late domain
                      each {"losses": Losses, "own_share": {domain: share}}}}}
                 The base's FFN is shared and always on, one routed expert a token; routers.py says
-                what the routers are. own_share: of a
-                domain's held-out tokens, how many are routed to its own expert, mean over layers.
-                It has the late domain only where its expert is there.
+                what the routers are. own_share: of a domain's held-out tokens, how many are routed
+                to its own expert, mean over layers; the late domain only where its expert is there.
 
 An entry of speed, in milliseconds, candidates of one "what" timed in turns:
 

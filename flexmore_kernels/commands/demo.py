@@ -1,4 +1,5 @@
-"""Run a checkpoint's MoE layers, check each against the reference, compare times."""
+"""Show the packaged mixture on its domains; then run a checkpoint's MoE layers, check each against
+the reference, compare times."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import argparse
 
 from . import add_device, positive
 
-NAME, HELP = "demo", "run and check a checkpoint's MoE layers"
+NAME, HELP = "demo", "text of each domain, and which expert made it; MoE layers run and checked"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -15,6 +16,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     add_device(parser)
     parser.add_argument("--tokens", type=positive, help="default: 4096 on cuda, else 256")
+    parser.add_argument(
+        "--checks", action="store_true", help="the checks of the layers alone, no text"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--break", dest="break_it", action="store_true", help="swap two experts: must fail"
@@ -22,10 +26,19 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    import sys
+
     import torch
 
-    from .. import demo
+    from .. import demo, domains_demo
 
+    if arguments.checkpoint is None and not (arguments.checks or arguments.break_it):
+        try:
+            domains_demo.show(device=arguments.device or "cpu", colour=sys.stdout.isatty())
+        except ValueError as error:
+            if domains_demo.TOKENIZERS not in str(error):
+                raise
+            print(f"flexmore demo: no text of the packaged mixture: {error}", file=sys.stderr)
     return demo.run(
         arguments.checkpoint,
         device=arguments.device,

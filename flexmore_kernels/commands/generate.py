@@ -15,7 +15,9 @@ NAME, HELP = "generate", "continue prompts: text as it comes, tokens a second, e
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT_DIR")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT_DIR", help='or "default", the small packaged mixture'
+    )
     parser.add_argument(
         "prompt", nargs="*", help="one or more texts, as one batch (needs tokenizer.json there)"
     )
@@ -53,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..cards import cards_of
     from ..checkpoint import load_model, read_layout
     from ..checkpoint_writer import write_json
+    from ..domains_demo import DIRECTORY
     from ..text import Pieces, ids_of, read_tokenizer
 
     for name in ("top_k", "top_p"):
@@ -63,7 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
                 f"greedy; accepted: {option} with --temperature above 0"
             )
     device = backend.device_or_default(arguments.device)
-    layout = read_layout(arguments.checkpoint)
+    packaged = arguments.checkpoint == "default" and not Path("default").exists()
+    layout = read_layout(DIRECTORY if packaged else arguments.checkpoint)
     if bool(arguments.prompt) == bool(arguments.ids):
         raise ValueError("prompt: got none, or texts and --ids; accepted: texts, or --ids")
     tokenizer = read_tokenizer(layout.directory, needed=bool(arguments.prompt))
