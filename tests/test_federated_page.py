@@ -21,6 +21,7 @@ import page
 import plots
 import predictions
 import rank_scores
+import summary
 
 KEYS = ["1", "2", "3", "4", "5", "6a", "6b", "7", "8a", "8b", "9a", "9b", "10a", "10b"]
 
@@ -211,3 +212,12 @@ def test_axes_hold_their_values():
         low, high, ticks = drawing.ticks_of(values)
         assert all(low <= v <= high for v in values) and 2 <= len(ticks) <= 8
         assert len({plots.number(t, ticks) for t in ticks}) == len(ticks)
+
+
+def test_what_docs_show_is_made_of_its_numbers():
+    """docs/federated: `python examples/federated/summary.py docs/federated` changes nothing."""
+    folder = Path(__file__).parent.parent / "docs/federated"
+    results = json.loads((folder / "results.json").read_text())
+    shown = (folder / "README.md").read_text().partition(summary.BEGIN)[2]
+    assert shown.partition(summary.END)[0].strip() == summary.table(results)
+    assert (folder / "page.html").read_text() == page.page(results)
