@@ -72,3 +72,26 @@ def _what(record: dict[str, Any]) -> str:
 
 def _milliseconds(ms: float) -> str:
     return f"{ms:.3g} ms"
+
+
+def routers(found: Sequence[dict[str, Any]]) -> str:
+    """Markdown; a line for each number of tokens that a layer or model was timed at on a GPU: each
+    candidate's time, as a multiple of the first one's."""
+    rows = []
+    for record in found:
+        if record["benchmark"] != "routers" or record["driver"] is None:
+            continue
+        (first, base), *others = ((name, one["ms"]) for name, one in record["results"].items())
+        what = {"router": "a layer"}.get(record["op"], record["op"].partition(",")[0])
+        cells = (
+            f"{what}, T = {record['tokens']}",
+            f"{first} {_milliseconds(base)}",
+            ", ".join(f"{name} {ms / base:.3f}" for name, ms in others),
+            f"{record['device']}, {record['commit']}",
+        )
+        rows.append("| " + " | ".join(cells) + " |")
+    head = "| routers, attribution | time | multiples of it | device, commit |"
+    return "\n".join([head, "| --- | --- | --- | --- |", *rows]) if rows else ""
+
+
+TABLES = (generation, conversion, routers)

@@ -33,7 +33,7 @@ COLUMNS = {
 }
 
 
-NO_OPS = ("experts", "generation", "conversion")
+NO_OPS = ("experts", "generation", "conversion", "routers")
 """Benchmarks with tables of their own."""
 IN_README = ("small", "flexolmo_6x64", "flexolmo_6x16", "flexolmo_mixed", "flexolmo_large",
              "flexolmo_full", "experts_512")  # fmt: skip
@@ -103,7 +103,7 @@ def block(found: Sequence[dict[str, Any]]) -> str:
         and (record["benchmark"] != "experts" or record["pass"] in (FORWARD, STEP))
         and (record["shape"] == "small") == (record["driver"] is None)
     ]
-    models = model_tables.generation(shown), model_tables.conversion(shown)
+    models = [table(shown) for table in model_tables.TABLES]
     return "\n\n".join(part for part in (image, layers(shown), *models) if part)
 
 
@@ -114,7 +114,7 @@ def page(found: Sequence[dict[str, Any]]) -> str:
         "../README.md says\nhow they are taken. Layers are in multiples of one dense FFN of the "
         "base's size, of the same run."
     )
-    models = model_tables.generation(found), model_tables.conversion(found)
+    models = [table(found) for table in model_tables.TABLES]
     return "\n\n".join(part for part in (head, layers(found), *models, ops(found)) if part) + "\n"
 
 
