@@ -116,12 +116,13 @@ def mask_of(
     Raises ValueError for an expert that is not there, or where none is left.
     """
     for argument, names in (("only", only), ("without", without)):
-        if isinstance(names, (str, bytes)):
+        listed = isinstance(names, Iterable) and not isinstance(names, (str, bytes))
+        if names is not None and not listed:
             raise TypeError(f"{argument}: got {names!r}; accepted: a list of names or numbers")
     mask = torch.full((len(cards),), only is None)
     for expert in () if only is None else only:
         mask[find(cards, expert, "only")] = True
-    for expert in without or ():
+    for expert in () if without is None else without:
         mask[find(cards, expert, "without")] = False
     if not bool(mask.any()):
         raise ValueError("only, without: got what leaves no expert; accepted: one or more")

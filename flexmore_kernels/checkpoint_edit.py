@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from .cards import cards_of, find
-from .checkpoint import read_tensors
+from .checkpoint import check_finite, read_tensors
 from .checkpoint_folders import refuse_existing, removed_if_bad
 from .checkpoint_forms import check_kind, config_for, fuse_experts, pad_experts, padded_ranks
 from .checkpoint_layout import Layout, read_layout
@@ -249,7 +249,10 @@ def write_layers(
         progress = Progress(len(writer.remaining), say)
         with removed_if_bad(whole or writer.folder):
             for unit in writer.remaining:
-                writer.write(unit, read(layers[unit]))
+                tensors = read(layers[unit])
+                for name, tensor in tensors.items():  # a sum may be beyond its dtype
+                    check_finite(name, tensor)
+                writer.write(unit, tensors)
                 progress.done(1, unit)
         writer.add(source.directory)
         return writer.finish()

@@ -141,6 +141,12 @@ def config_for(
     `expert_ranks` alone, and without the `auto_map` by which transformers finds this library:
     where `trust_remote_code` is always given, the authors' reader is to stay the one that reads it.
     """
+    for name in ROUTER_FIELDS if compat else ():
+        if config.get(name) not in (None, False, "linear"):
+            raise ValueError(
+                f"{name}: got {config[name]!r}; accepted by plain readers (compat): a linear "
+                "router without a shared expert"
+            )
     if compat and kind == "flexmore":
         layer_ranks = [padded_ranks(layer_ranks)] * len(layer_ranks)
     model_type = "flexmore" if kind == "flexmore" else "flex_olmo"

@@ -136,9 +136,10 @@ def rerank(
 
     def order(layer: int, tensors: Tensors) -> Order:
         generator = torch.Generator().manual_seed(seed + layer)
+        factor = next((t.dtype for n, t in tensors.items() if n.endswith("_a.weight")), None)
         own, base = (entries_of(tensors, layer, e) for e in (number, 0))
         gate, up, down = (
-            reranked(*pair, method=method, generator=generator)
+            reranked(*pair, dtype=factor, method=method, generator=generator)
             for pair in zip(own, base, triple, strict=True)
         )
         return with_one(count, number, Newcomer((gate, up, down), instead_of=number))

@@ -20,7 +20,6 @@ from .ops.rms_norm import rms_norm
 from .ops.routing import Routing
 from .positions import Step, heads_of, uncached
 from .rank_limit import RequestLimits
-from .shared_expert import all_but
 
 Watcher = Callable[[Routing, "Tensor | None", "Tensor | None"], None]
 """Is given a routing, the mask of the experts between which it chose, and which tokens count."""
@@ -153,7 +152,7 @@ class Block(nn.Module):
         shared = self.mlp.shared_expert
         if shared is None:
             return expert_mask
-        others = all_but(shared, self.mlp.num_experts, device)
+        others = torch.arange(self.mlp.num_experts, device=device) != shared
         return others if expert_mask is None else expert_mask & others
 
     def _mixture(self, h, expert_mask, limits: RequestLimits | None, return_routing: bool):

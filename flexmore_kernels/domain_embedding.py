@@ -213,7 +213,7 @@ def check_embeddings(
     for key, vector in embeddings.items():
         check_tensor(f"{name}[{key!r}]", vector, (width,), FLOATS)
         width = vector.shape[0]
-        if not width or not bool(vector.isfinite().all()):
+        if not width or not bool(vector.float().isfinite().all()):
             got = "NaN or Inf" if width else "no number"
             raise ValueError(f"{name}[{key!r}]: got {got}; accepted: finite numbers")
         vectors[key] = vector.detach().float().cpu()

@@ -52,7 +52,7 @@ def show(
     `read_tokenizer` and `load_model` do.
     """
     tokenizer = read_tokenizer(directory, argument="texts", instead="--checks")
-    samples = json.loads((directory / PROMPTS).read_text())
+    samples = json.loads((directory / PROMPTS).read_text(encoding="utf-8"))
     model = load_model(directory, device, torch.float32).eval()
     print(_head(model, directory, colour))
     found = []

@@ -67,6 +67,8 @@ class Expert(ExpertSource):
         if not found:
             raise ValueError("layers: got none; accepted: one or more")
         object.__setattr__(self, "layers", tuple(found))
+        if self.base is not None and not isinstance(self.base, str):
+            raise TypeError(f"base: got {self.base!r}; accepted: a fingerprint, or None")
         if self.card is not None:
             object.__setattr__(self, "card", check_card(self.card))
         shapes = {"router_rows": (len(found), D), "router_bias": (len(found),), "embedding": ("m",)}
@@ -222,7 +224,11 @@ def open_expert(
     """
     if isinstance(where, ExpertSource):
         return where
+    if not isinstance(where, (str, os.PathLike)):
+        raise TypeError(f"expert: got {type(where).__name__}; accepted: an expert, or a path")
     path = Path(where)
+    if not path.exists():
+        raise FileNotFoundError(f"expert: no file or folder {path}")
     if path.is_file():
         _unused("an expert's file", expert=expert, rank=rank)
         return ExpertFile(path, card=card)

@@ -30,6 +30,7 @@ from .checkpoint_config import shortest
 from .checkpoint_layout import PROJECTIONS, Layout, mlp_prefix, read_layout
 from .checkpoint_writer import file_state
 from .checks import check_one_of
+from .conversion.svd import METHODS
 from .members import Entry, Weights, expert_rank
 from .reranking import parse_rank, reranked
 
@@ -180,6 +181,7 @@ class DenseSource(ExpertSource):
         self._layout = BaseCheckpoint(directory).layout
         self._sizes_of(self._layout)
         self.card = card or Card(Path(directory).resolve().name)
+        check_one_of("method", method, METHODS)
         self.origin, self.embedding, self._method = str(directory), None, method
         self._triple = None
         if rank is not None:

@@ -8,6 +8,8 @@ waits for the one just started.
 from __future__ import annotations
 
 import contextlib
+import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -104,15 +106,28 @@ def generate(
 
 @contextlib.contextmanager
 def _rows_kept(model: Any) -> Iterator[None]:
-    """Within, routers that make their rows make them once: nothing writes weights meanwhile."""
+    """Within, routers that make their rows make them once: nothing writes weights meanwhile. Calls
+    side by side share them, and what `prepare` kept stays where a captured graph reads it."""
     routers = [getattr(block.mlp, "gate", None) for block in model.model.layers]
     routers = [router for router in routers if isinstance(router, ProjectedRouter)]
-    before = [router.keep(True) for router in routers]
+    with _lock:
+        for router in routers:
+            users, before = _users.get(router) or (0, router.keeps or router.keep(True))
+            _users[router] = users + 1, before
     try:
         yield
     finally:
-        for router, kept in zip(routers, before, strict=True):
-            router.keep(kept)
+        with _lock:
+            for router in routers:
+                users, before = _users.pop(router)
+                if users > 1:
+                    _users[router] = users - 1, before
+                elif not before:
+                    router.keep(False)
+
+
+_users: weakref.WeakKeyDictionary[ProjectedRouter, tuple[int, bool]] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
 
 
 def _new_tokens(

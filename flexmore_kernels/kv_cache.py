@@ -56,7 +56,7 @@ class KVCache:
         keys = ("1" * experts,) * batch
         if self.expert_mask is not None:
             keys = ("".join("01"[one] for one in row) for row in self.expert_mask.tolist())
-        limits = (None,) * batch if self.limits is None else self.limits.each
+        limits = self._limits_of_each(batch)
         return tuple(
             key
             if limit is None
@@ -105,12 +105,15 @@ class KVCache:
         """The requests' rank limits: set by the first forward, after `bind`; None: as they are."""
         if not self.length:
             self.limits = limits
-        elif limits is not None and (self.limits is None or limits.each != self.limits.each):
+        elif limits is not None and limits.each != self._limits_of_each(len(limits.each)):
             raise ValueError(
                 "rank_limit: got another than the one that this cache began with; accepted: the "
                 "same, or None: a request's limits are fixed for its life"
             )
         return self.limits
+
+    def _limits_of_each(self, batch: int) -> tuple:
+        return (None,) * batch if self.limits is None else self.limits.each
 
     def place(self, layer: int) -> Place | None:
         """Where a layer's new keys and values are written to; None: they are given to `update`."""

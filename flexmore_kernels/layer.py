@@ -35,8 +35,8 @@ class FlexMoRE(Preparable):
     Routing: logits = x G^T + min(bias, 0) on experts 1..; the `top_k` largest by (logit descending,
     index ascending) are selected; their weights p are, by `scoring`, the softmax over all allowed
     experts, or as `ops.topk_route` says. G are rows that are trained, or those that Nexus projects
-    from the embeddings of the experts' domains (router.py). A shared expert is added to every
-    token, with weight 1, whatever the router says.
+    from the embeddings of the experts' domains (router.py). A shared expert is added to every token
+    whose mask allows it, with weight 1, whatever the router says.
 
     Args:
         hidden_size, intermediate_size: D and F.

@@ -43,7 +43,8 @@ class Change:
             raise ValueError("layer: got sharded parameters; accepted: unsharded ones")
         if not 1 <= len(order) <= 1024:
             raise ValueError(f"experts: {len(order)} would be left; accepted: 1 to 1024")
-        self.order = [self._placed(who) if isinstance(who, Newcomer) else who for who in order]
+        with torch.inference_mode(False), torch.no_grad():
+            self.order = [self._placed(who) if isinstance(who, Newcomer) else who for who in order]
         self.shared = renumbered(order, layer.shared_expert)
         routed = len(order) - (self.shared is not None)
         if routed < 1:
@@ -62,8 +63,15 @@ class Change:
 
     def apply(self) -> None:
         """Make the change, and prepare again what was prepared."""
+        self.assign()
+        self.prepare()
+
+    def assign(self) -> None:
+        """Make the change; what was prepared is so no more."""
         layer, gate, experts = self.layer, self.layer.gate, self.layer.experts
         copies = layer._modules.get("prepared")
+        self._again = () if copies is None else (self._choice(copies.choice),)
+        del copies
         kept = gate.keep(False)
         layer.unprepare()
         experts._modules.clear()
@@ -82,8 +90,11 @@ class Change:
         layer.num_experts, layer.expert_ranks = len(self.order), self.expert_ranks
         layer.top_k, layer.shared_expert = self.top_k, self.shared
         gate.keep(kept)
-        if copies is not None:
-            layer.prepare(self._choice(copies.choice))
+
+    def prepare(self) -> None:
+        """Prepare again what was prepared: it takes memory, so of all layers it comes last."""
+        for choice in self._again:
+            self.layer.prepare(choice)
 
     def _choice(self, choice: Any) -> Any:
         """What was chosen of `prepare(merge)`, by the experts' new numbers."""

@@ -137,7 +137,11 @@ def _check_router(gate: Mapping[str, Tensor], newcomer: Newcomer) -> None:
                 check_tensor(part, given, (gate[name].shape[1],), FLOATS)
         elif given is not None:
             raise ValueError(f"{part}: got one; accepted: None, where the router is {kind}")
-    if newcomer.bias is not None and "expert_bias" not in gate:
+    bias = newcomer.bias
+    number = isinstance(bias, (int, float)) and not isinstance(bias, bool)
+    if bias is not None and not number and not (isinstance(bias, Tensor) and bias.dim() == 0):
+        raise ValueError(f"bias: got {bias!r}; accepted: a number")
+    if bias is not None and "expert_bias" not in gate:
         raise ValueError(
             "bias: got one, and this router has no expert_bias, without which the expert would be "
             "selected more often than it was trained to be; accepted: an expert whose bias is None"

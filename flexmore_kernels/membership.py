@@ -185,6 +185,9 @@ def take_expert(model: Any, expert: int | str, *, card: Card | None = None) -> E
     layers, gates = _layers(model), [tensors_of(layer.gate) for layer in _layers(model)]
     has_rows = "weight" in gates[0] and layers[0].shared_expert != number
     embeddings = gates[0].get("domain_embeddings")
+    embedding = None if embeddings is None else _copied(embeddings[number])
+    if embedding is not None and not bool(embedding.any()):
+        embedding = None  # it was never set
     return Expert(
         config.hidden_size,
         config.intermediate_size,
@@ -195,7 +198,7 @@ def take_expert(model: Any, expert: int | str, *, card: Card | None = None) -> E
         torch.stack([_copied(gate["expert_bias"][number - 1]) for gate in gates])
         if "expert_bias" in gates[0]
         else None,
-        None if embeddings is None else _copied(embeddings[number]),
+        embedding,
         f"{cards[number].name} of a live model",
     )
 
@@ -258,8 +261,10 @@ def _change(model: Any, orders: Sequence[Order], cards: Sequence[Card]) -> None:
         **{KEY: config_cards(cards)},
     )
     for change in changes:
-        change.apply()
+        change.assign()
     model.config, model.model.num_experts = config, config.num_experts
+    for change in changes:
+        change.prepare()
 
 
 def _copied(entry: Any) -> Any:

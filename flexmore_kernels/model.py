@@ -86,7 +86,8 @@ class FlexMoREForCausalLM(nn.Module):
             logits_to_keep: of the last so many positions alone; 0: all.
 
         Returns: (B, S or logits_to_keep, vocab_size) in the model's dtype. Deterministic; no host
-        sync on CUDA. Raises ValueError or TypeError naming the argument.
+        sync on CUDA, but where requests' rank limits differ (once a cache). Raises ValueError or
+        TypeError naming the argument.
         """
         check_tensor("input_ids", input_ids, ("B", "S"), (torch.int64, torch.int32))
         batch, length = input_ids.shape
@@ -125,7 +126,8 @@ class FlexMoREForCausalLM(nn.Module):
         """Within, forwards add what each layer's router does to counters, which are yielded.
 
         They stay on the device (`RouterStatistics`, one a layer); padding does not count, nor what
-        `generate` fills up ended requests with. Nested, the inner counters alone count.
+        `generate` fills up ended requests with, nor tokens that may use a shared expert alone, of
+        which no router decides. Nested, the inner counters alone count.
         """
         device, blocks = self._device, self.model.layers
         counters = [RouterStatistics.zeros(self.config.num_experts, device) for _ in blocks]

@@ -53,7 +53,8 @@ def check_rank_limit(rank_limit: Any, largest: Sequence[int]) -> Limits | None:
 def largest_ranks_of(expert_ranks: Sequence) -> list[int]:
     """Of each entry of `expert_ranks` the largest rank, 0 without factors."""
     triples = map(as_triple, expert_ranks)
-    return [max((kind for kind in triple if kind != "full"), default=0) for triple in triples]
+    # A list: a compiler does not know max with a default.
+    return [max([0, *(kind for kind in triple if kind != "full")]) for triple in triples]
 
 
 def limited(weights: Sequence[Any], limits: Limits) -> list[list[Any]]:
@@ -120,6 +121,7 @@ class RequestLimits:
         by_limits: dict[Limits | None, list[int]] = {}
         for row, limits in enumerate(self.each):
             by_limits.setdefault(limits, []).append(row)
+        by_limits = by_limits or {None: []}  # no request: the layer runs on nothing
         one = len(by_limits) == 1
         self.groups = [
             RequestGroup(limits, None if one else torch.tensor(rows, device=device))

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from .checkpoint_config import as_triple
 from .checkpoint_forms import dense_weight
-from .checks import check_int
-from .conversion.svd import Decomposition, decompose, factor_pair
+from .checks import check_int, check_one_of
+from .conversion.svd import METHODS, Decomposition, decompose, factor_pair
 from .members import Entry, entry_rank
 
 
@@ -64,6 +64,7 @@ def reranked(
 
     Deterministic, but for None's generator. Raises ValueError naming the argument.
     """
+    check_one_of("method", method, METHODS)
     if rank == entry_rank(entry) and not isinstance(entry, tuple):
         return entry
     if rank == 0:

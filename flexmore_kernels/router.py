@@ -6,7 +6,7 @@ Whatever makes the rows, the logits are x G^T by the same kernels (ops/routing.p
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,15 @@ class Router(Weight, _Router):
         self._reset_bias()
 
 
+class _Kept(NamedTuple):
+    """Rows, and what they were made of. The aliases hold its memory: an address that is free could
+    become another tensor's, with the same stamp."""
+
+    rows: Tensor
+    stamps: list[tuple[int, int]]
+    aliases: tuple[Tensor, ...]
+
+
 class ProjectedRouter(_Router):
     """Nexus's router: G_e = W_2 (silu(W_1g d_e) * W_1u d_e), from fixed domain embeddings d_e.
 
@@ -71,9 +80,9 @@ class ProjectedRouter(_Router):
     The rows are computed at each call, differentiably in both matrices. After `keep(True)`, which
     `FlexMoRE.prepare` and `generate` call, they are kept for inference: the same numbers to the
     bit. They are made again after every write that torch counts, after loading, moving and casting;
-    a call with gradients, and a compiled one, computes them. What torch does not count (writes
-    through `.data`, or of a fused optimizer without a forward with gradients before it) cannot be
-    seen: `keep(True)` again after those.
+    a compiled call computes them. A call with gradients ends the keeping, since what a fused
+    optimizer writes after it is not counted; nor are writes through `.data`: `keep(True)` again
+    after those. A copy keeps nothing.
 
     Source: Nexus (arXiv 2408.15901, section 2).
     """
@@ -87,8 +96,8 @@ class ProjectedRouter(_Router):
         self.projector_out = Weight(hidden_size, h, **kind)
         self._add_bias(num_experts, bias, **kind)
         self.register_buffer("domain_embeddings", torch.zeros(num_experts, m, **kind))
-        self._kept: tuple[Tensor, list] | None = None
-        self._keeps = False
+        self._kept: _Kept | None = None
+        self.keeps = False
 
     @property
     def num_experts(self) -> int:
@@ -96,21 +105,26 @@ class ProjectedRouter(_Router):
 
     def rows(self) -> Tensor:
         """G (E, D), in the parameters' dtype."""
-        if not self._keeps or torch.compiler.is_compiling():
+        if not self.keeps or torch.compiler.is_compiling():
             return self._project()
         sources = self._sources()
         if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
-            self._kept = None  # training follows
+            self.keep(False)  # training follows, and a fused step is not counted
             return self._project()
-        now = stamps(sources)
-        if self._kept is None or self._kept[1] != now:
+        if any(source.is_inference() for source in sources):  # no write of theirs is counted
+            return self._project()
+        now, kept = stamps(sources), self._kept
+        if kept is None or kept.stamps != now:
+            if sources[0].is_cuda and torch.cuda.is_current_stream_capturing():
+                return self._project()  # a graph's own: unwritten until it is replayed
             with torch.inference_mode(False), torch.no_grad():
-                self._kept = (self._project(), now)
-        return self._kept[0]
+                aliases = tuple(source.detach() for source in sources)
+                kept = self._kept = _Kept(self._project(), now, aliases)
+        return kept.rows
 
     def keep(self, keep: bool) -> bool:
         """Whether rows are to be kept between calls, for inference; returns whether they were."""
-        before, self._keeps, self._kept = self._keeps, keep, None
+        before, self.keeps, self._kept = self.keeps, keep, None
         return before
 
     def reset_parameters(self) -> None:
@@ -127,8 +141,8 @@ class ProjectedRouter(_Router):
     def _project(self) -> Tensor:
         embeddings, w_in, w_out = self._sources()
         with torch.autocast(embeddings.device.type, enabled=False):
-            gate, up = F.linear(embeddings, w_in).chunk(2, 1)
-            return F.linear(F.silu(gate) * up, w_out)
+            gate, up = F.linear(embeddings.to(w_in.dtype), w_in).chunk(2, 1)
+            return F.linear((F.silu(gate) * up).to(w_out.dtype), w_out)
 
     def _apply(self, fn, recurse: bool = True):
         self._kept = None
@@ -139,7 +153,7 @@ class ProjectedRouter(_Router):
         super()._load_from_state_dict(*args)
 
     def __getstate__(self) -> dict:
-        return {**super().__getstate__(), "_kept": None}
+        return {**super().__getstate__(), "_kept": None, "keeps": False}
 
     def extra_repr(self) -> str:
         return "num_experts={}, domain_embedding_size={}".format(*self.domain_embeddings.shape)

@@ -236,6 +236,12 @@ def from_ridge(
     for n in range(len(layers)):
         parts = [LayerStatistics(*(t.to(device).double() for t in one.layers[n]))
                  for one in given.values()]  # fmt: skip
+        for expert, part in zip(given, parts, strict=True):
+            if part.gram.shape != (D, D) or part.total.shape != (D,):
+                got = f"{tuple(part.gram.shape)} and {tuple(part.total.shape)} in layer {n}"
+                raise ValueError(
+                    f"statistics[{expert}]: got {got}; accepted: ({D}, {D}) and ({D},)"
+                )
         solved = _solve(sum(part.gram for part in parts), [part.total for part in parts], penalty)
         length = None if solved is None else solved.norm(dim=1, keepdim=True)
         if solved is None or not bool(length.isfinite().all()) or not bool(length.all()):

@@ -69,12 +69,14 @@ class SharedWeights:
             got = type(new).__name__
             raise TypeError(f"merge_shared: got {got}; accepted: tensors by name, or a directory")
         for name, tensor in self._own.items():  # read twice, so that nothing is half merged
-            check_tensor(f"merge_shared: {name}", self._read(name), tuple(tensor.shape), FLOATS)
+            found, said = self._read(name), f"merge_shared: {name}"
+            check_tensor(said, found, tuple(tensor.shape), FLOATS)
+            check_finite(said, merged(tensor.detach(), found, count))
 
     def merge(self) -> None:
         """Write the means, in place."""
-        with torch.no_grad():
-            for name, tensor in self._own.items():
+        for name, tensor in self._own.items():
+            with torch.inference_mode(tensor.is_inference()), torch.no_grad():
                 tensor.copy_(merged(tensor, self._read(name), self._count))
 
     def _read(self, name: str) -> Tensor | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 
 import flexmore_kernels as fk
 from flexmore_kernels.cards import (
@@ -38,6 +40,9 @@ def test_masks_by_name_and_number():
     assert mask_of(CARDS, only=["math", 0]).tolist() == [True, True, False]
     assert mask_of(CARDS, without=["math"]).tolist() == [True, False, True]
     assert mask_of(CARDS, only=["base", "law"], without=[2]).tolist() == [True, False, False]
+    for nothing_but_law in (np.array([2]), torch.tensor([2]), iter([2])):
+        assert mask_of(CARDS, without=nothing_but_law).tolist() == [True, True, False]
+    assert mask_of(CARDS, without=torch.tensor([0])).tolist() == [False, True, True]
     assert find(CARDS, "law") == 2 and new_name(CARDS) == "expert-3"
 
 
@@ -48,6 +53,7 @@ def test_masks_by_name_and_number():
         (lambda: find(CARDS, 3), "expert: got 3; accepted: an integer from 0 to 2"),
         (lambda: mask_of(CARDS, only=["math"], without=["math"]), "leaves no expert"),
         (lambda: mask_of(CARDS, only="math"), "only: got 'math'; accepted: a list"),
+        (lambda: mask_of(CARDS, without=1), "without: got 1; accepted: a list"),
         (lambda: check_cards(CARDS, 2), "got 3 cards; accepted: 2"),
         (lambda: check_cards([Card("a"), Card("a")], 2), "got 'a' twice"),
         (lambda: check_cards([{"name": "1"}], 1), "got the name '1'"),

@@ -138,6 +138,12 @@ def test_a_bad_config_is_named(tmp_path, fields, message):
         read_layout(whole)
 
 
+def test_plain_readers_would_compute_another_model(tmp_path):
+    whole = make(tmp_path / "whole", shared_expert=True)
+    with pytest.raises(ValueError, match="shared_expert: got True; accepted by plain readers"):
+        checkpoint_edit.drop(whole, [1], tmp_path / "less", compat=True)
+
+
 def test_flex_olmo_has_no_place_for_other_routers(tmp_path):
     whole = make(tmp_path / "whole", shared_expert=True)
     with pytest.raises(ValueError, match="shared_expert: got True; kind 'flex_olmo'"):

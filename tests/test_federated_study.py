@@ -29,6 +29,7 @@ from federated_runs import (
 )
 
 from flexmore_kernels.checkpoint import load_model
+from flexmore_kernels.domains_demo import PROMPTS
 from flexmore_kernels.text import TOKENIZER_FILE
 
 FREE = dict.fromkeys(("domains", "probes", "losses", "experts", "own_share", "dense", "all",
@@ -212,12 +213,15 @@ def test_opt_out_masks_the_expert(finished, tmp_path):
 def test_export_is_a_checkpoint_with_cards(finished, tmp_path, monkeypatch):
     out, _ = finished
     (out / TOKENIZER_FILE).write_text("{}")
+    monkeypatch.setattr("export.samples", lambda *_: {LATE: {"prompt": "a", "text": "b"}})
     assert run(out, monkeypatch, export=str(tmp_path / "model")) == 0
     model = load_model(tmp_path / "model")
     assert [card.name for card in model.cards] == ["base", *EARLY, LATE]
     assert model.cards[1].licence == "CC0"
     assert model.lm_head.weight.dtype == torch.bfloat16
     assert (tmp_path / "model" / TOKENIZER_FILE).read_text() == "{}"
+    samples = json.loads((tmp_path / "model" / PROMPTS).read_text())
+    assert samples[LATE] == {"prompt": "a", "text": "b"}
     card = (tmp_path / "model/README.md").read_text()
     assert f"| {LATE} | Made up | CC0 |" in card and "{" not in card
     with pytest.raises(ValueError, match="directory"):

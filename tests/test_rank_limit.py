@@ -83,6 +83,20 @@ def test_the_rank_itself_limits_nothing():
     assert_same(layer(x, rank_limit=[None, 6, 5, 4, None]), layer(x), name="y")
 
 
+def test_compiles_to_one_graph():
+    layer = randomised(fk.FlexMoRE(16, 24, RANKS, 3))
+    x = torch.randn(5, 16)
+    compiled = torch.compile(lambda x: layer(x, rank_limit=LIMITS), backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert_same(compiled(x), layer(x, rank_limit=LIMITS))
+
+
+def test_no_request_is_no_work():
+    ids = torch.zeros(0, 3, dtype=torch.int64)
+    with torch.no_grad():
+        assert model_of()(ids, rank_limit=LIMITS).shape == (0, 3, 40)
+
+
 def test_gradients_reach_the_ranks_in_use():
     layer = randomised(fk.FlexMoRE(16, 24, [0, 6], 2))
     layer(torch.randn(5, 16), rank_limit=[None, 2]).sum().backward()
@@ -164,6 +178,9 @@ def test_cache_remembers_and_refuses_others():
         model(ids[:, :1], cache=cache, rank_limit=[LIMITS, LIMITS])
         with pytest.raises(ValueError, match="rank_limit: got another"):
             model(ids[:, :1], cache=cache, rank_limit=[LIMITS, None])
+        cache.reset()
+        model(ids, cache=cache)
+        model(ids[:, :1], cache=cache, rank_limit=[None] * 5)
 
 
 def test_layers_of_other_ranks_take_what_they_have():

@@ -132,15 +132,75 @@ def test_kept_rows_are_never_stale(write):
 
 
 def test_fused_step_after_a_forward_is_seen():
-    """An optimizer whose writes are not counted: the forward before it dropped the rows."""
+    """An optimizer whose writes are not counted, a validation between: the forward with gradients
+    ended the keeping."""
     layer, _ = layers()
     layer.gate.keep(True)
     with torch.no_grad():
         before = layer.gate.rows()
     layer(torch.randn(4, 24)).sum().backward()
+    with torch.no_grad():
+        layer(torch.randn(4, 24))
     layer.gate.projector_out.weight.data.mul_(2)
     with torch.no_grad():
         assert_same(layer.gate.rows(), 2 * before, name="rows")
+
+
+@pytest.mark.parametrize("swap", ["parameter", "assign", "data"])
+def test_memory_that_is_used_again_is_not_taken_for_the_old(swap):
+    """Two new tensors in a parameter's place: the second may lie where the first rows' source lay,
+    written as often."""
+    layer, _ = layers()
+    gate = layer.gate
+    gate.keep(True)
+    for _ in range(20):
+        with torch.no_grad():
+            before = gate.rows().clone()
+        for _ in range(2):
+            new = torch.randn(24, 24)
+            if swap == "parameter":
+                gate.projector_out.weight = torch.nn.Parameter(new)
+            elif swap == "assign":
+                gate.projector_out.load_state_dict({"weight": new}, assign=True)
+            else:
+                gate.projector_out.weight.data = new
+            del new
+        with torch.no_grad():
+            rows = gate.rows()
+            assert not torch.equal(rows, before)
+            assert_same(rows, gate._project())
+
+
+def test_generations_side_by_side_leave_nothing_behind():
+    config = fk.FlexMoREConfig(
+        vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=1,
+        num_attention_heads=2, num_experts_per_tok=1, expert_ranks=[0, 2],
+        router="projected", domain_embedding_size=10,
+    )  # fmt: skip
+    model = fk.FlexMoREForCausalLM(config)
+    gate, ids, seen = model.model.layers[0].mlp.gate, torch.randint(50, (1, 3)), []
+
+    def stream(_):
+        if not seen:
+            seen.append(gate.rows())
+            model.generate(ids, max_new_tokens=2)
+            assert gate.rows() is seen[0], "a call within dropped the outer one's rows"
+
+    with torch.no_grad():
+        model.generate(ids, max_new_tokens=4, stream=stream)
+        assert not gate.keeps and seen
+        gate.keep(True)
+        kept = gate.rows()
+        model.generate(ids, max_new_tokens=4)
+        assert gate.keeps and gate.rows() is kept, "a graph may read them"
+
+
+def test_embeddings_of_a_wider_dtype():
+    layer, _ = layers()
+    layer.gate.to(torch.bfloat16)
+    narrow = layer.gate.rows()
+    layer.gate.domain_embeddings = layer.gate.domain_embeddings.float()
+    assert_same(layer.gate.rows(), narrow)
 
 
 def test_gradients_flow_where_rows_are_kept():
@@ -148,6 +208,7 @@ def test_gradients_flow_where_rows_are_kept():
     layer.gate.keep(True)
     with torch.no_grad():
         layer(torch.randn(4, 24))
+    assert layer.gate._kept is not None
     layer(torch.randn(4, 24)).square().sum().backward()
     assert layer.gate.projector_in.weight.grad.abs().sum() > 0
 
@@ -177,6 +238,7 @@ def test_a_copy_does_not_share_rows():
     with torch.no_grad():
         layer.gate.rows()
         other = copy.deepcopy(layer)
+        assert not other.gate.keeps
         other.gate.projector_out.weight.mul_(2)
         assert_same(other.gate.rows(), 2 * layer.gate.rows(), name="rows")
 

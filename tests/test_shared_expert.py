@@ -147,7 +147,12 @@ def test_counters_leave_it_out_of_the_router_s_distribution():
         num_attention_heads=2, num_experts_per_tok=1, expert_ranks=[0, 2, 3], shared_expert=True,
     )  # fmt: skip
     model = fk.FlexMoREForCausalLM(config)
+    ids = torch.randint(40, (2, 6))
     with model.counting() as counted, torch.no_grad():
-        model(torch.randint(40, (2, 6)))
+        model(ids)
+    compiled = torch.compile(lambda ids: model(ids), backend="eager", fullgraph=True)
+    with model.counting() as again, torch.no_grad():
+        compiled(ids)
+    assert_same(again[0].load, counted[0].load)
     assert counted[0].load.tolist()[0] == 12 and int(counted[0].load.sum()) == 24
     assert float(counted[0].score_sum[0]) == 0

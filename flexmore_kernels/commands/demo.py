@@ -30,11 +30,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     import torch
 
-    from .. import demo, domains_demo
+    from .. import backend, demo, domains_demo
 
+    device = backend.device_or_default(arguments.device)
     if arguments.checkpoint is None and not (arguments.checks or arguments.break_it):
         try:
-            domains_demo.show(device=arguments.device or "cpu", colour=sys.stdout.isatty())
+            domains_demo.show(device=device, colour=sys.stdout.isatty())
         except ValueError as error:
             if domains_demo.TOKENIZERS not in str(error):
                 raise

@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.source, expert=arguments.expert, rank=arguments.rank, base=arguments.base
     )
     given = (arguments.name, arguments.owner, arguments.licence)
-    if any(given):
+    if given != (None,) * 3:
         found = Revised(found, card=new_card(found.card, *given))
     expert = Expert.of(found)
     expert.save(arguments.out)

@@ -235,7 +235,8 @@ def _rank_limit(texts: list[str], cards: Sequence) -> list[int | None] | None:
 
 
 def _activate(model: Any, top_k: int) -> None:
-    experts = model.config.num_experts
+    shared = model.model.layers[0].mlp.shared_expert is not None
+    experts = model.config.num_experts - shared
     if top_k > experts:
         raise ValueError(f"--active: got {top_k}; accepted: 1 to {experts}")
     for block in model.model.layers:

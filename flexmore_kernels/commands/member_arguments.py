@@ -72,7 +72,7 @@ def newcomer(arguments: argparse.Namespace) -> tuple[ExpertSource, dict[str, Any
         arguments.new, expert=arguments.expert, rank=arguments.rank, base=arguments.source
     )
     given = (arguments.name, arguments.owner, arguments.licence)
-    card = new_card(found.card, *given) if any(given) else None
+    card = None if given == (None,) * 3 else new_card(found.card, *given)
     found = Revised(found, card=card, any_base=arguments.any_base)
     vector = None
     if arguments.embedding is not None:
