@@ -126,8 +126,8 @@ BUGS = (
         "projected rows that stay",
         "Kept rows are never compared with the weights again; nothing shows until one is written.",
         "flexmore_kernels/router.py",
-        "if self._kept is None or self._kept[1] != now:",
-        "if self._kept is None:",
+        "if kept is None or kept.stamps != now:",
+        "if kept is None:",
         "tests/test_router.py",
     ),
     Bug(
