@@ -93,8 +93,9 @@ def check(wheel: Path, kind: str, source: Path) -> None:
         library = opened.read("flexmore_kernels/_C.abi3.so")
     python = {str(p.relative_to(source)) for p in (source / "flexmore_kernels").rglob("*.py")}
     python |= {f"flexmore_kernels/reference/{p.name}" for p in (source / "reference").glob("*.py")}
-    data = (source / "flexmore_kernels/tuned").glob("*.json")
-    files = {"_C.abi3.so", "_build.json", "py.typed", *(f"tuned/{path.name}" for path in data)}
+    package = source / "flexmore_kernels"
+    data = [*(package / "tuned").glob("*.json"), *(package / "default_model").iterdir()]
+    files = {"_C.abi3.so", "_build.json", "py.typed", *(p.relative_to(package) for p in data)}
     expected = python | {f"flexmore_kernels/{name}" for name in files}
     own = {name for name in names if not name.startswith(f"{info}/")}
     assert own == expected, f"missing: {expected - own}, stray: {own - expected}"
