@@ -30,20 +30,20 @@ from flexmore_kernels._triton import tiles
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 EQUAL = (0, *[64] * 6)
 MIXED = (0, 16, 32, 8, 64, "full", (16, 0, "full"))
-ALL = tuple(FAMILIES)
+USUAL = tuple(name for name in FAMILIES if name != "attribution")  # whose ids have one dtype
 
 
 class Call(NamedTuple):
     """Ops to compile, and for what. Each is here for tiles that no other makes launchers choose."""
 
     setup: Setup
-    families: tuple[str, ...] = ALL
+    families: tuple[str, ...] = USUAL
     tf32: bool = False  # torch allows it
     wide: bool = False  # sizes are passed as 64-bit integers
 
 
 CALLS = {
-    "bf16, equal ranks": Call(Setup(EQUAL, 4096, BF16)),
+    "bf16, equal ranks": Call(Setup(EQUAL, 4096, BF16), tuple(FAMILIES)),
     "bf16, mixed": Call(Setup(MIXED, 1024, BF16)),
     "bf16, odd sizes": Call(Setup((0, 1, 3, 17, 64), 1024, BF16, hidden=509, intermediate=251)),
     "bf16, decode": Call(Setup(EQUAL, 1, BF16)),
