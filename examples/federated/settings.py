@@ -1,6 +1,6 @@
 """What the study's results depend on, in three sizes.
 
-small: about half an hour on two CPU cores, three seeds; large: about 15 minutes on one H100; medium:
+small: about 25 minutes on two CPU cores, three seeds; large: about 15 minutes on one H100; medium:
 one seed of it is what the package's default model is made of, on a GPU in about two minutes.
 """
 
